@@ -1,0 +1,361 @@
+"""The typed configuration: one model, units in the key names, ranges checked, unknown keys refused.
+
+`load_config` reads YAML (only plain values, never code), `Config` holds it, `stage_view` is the part that one
+job depends on: a rule re-runs when its view changes and not otherwise.
+"""
+
+from __future__ import annotations
+
+import difflib
+import types
+import typing
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+
+from longstride.errors import ConfigError
+
+Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$")]
+Method = Literal["md", "timewarp", "explore", "mts", "sts"]
+METHODS: tuple[Method, ...] = typing.get_args(Method)
+
+
+class Section(BaseModel):
+    """A part of the configuration: immutable, unknown keys are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+def _check_multiple(value: float, step: float, value_name: str, step_name: str) -> None:
+    ratio = value / step
+    if abs(ratio - round(ratio)) > 1e-6 * max(ratio, 1) or round(ratio) < 1:
+        raise ValueError(f"{value_name} must be a whole multiple of {step_name} (the ratio is {ratio:g})")
+
+
+class RunConfig(Section):
+    """Identity of a run."""
+
+    name: Name = Field("alanine", description="results go to <folder>/<name>/")
+    folder: str = Field("results", min_length=1, description="where runs live, relative to the working folder")
+    seed: int = Field(2026, ge=0, description="every random stream of the run is derived from it")
+
+
+class SystemConfig(Section):
+    """One molecule, from a sequence or from a structure file."""
+
+    name: Name = Field(description="label in paths and tables")
+    sequence: str | None = Field(
+        None, min_length=1, description="one-letter residues (AA, YLFP: zwitterionic) or dash-separated names (ACE-ALA-NME)"
+    )
+    file: str | None = Field(None, min_length=1, description="a PDB or mmCIF file with all atoms, instead of a sequence")
+
+    @model_validator(mode="after")
+    def _one_source(self) -> SystemConfig:
+        if (self.sequence is None) == (self.file is None):
+            raise ValueError(f"system {self.name!r} needs exactly one of 'sequence' and 'file'")
+        return self
+
+
+class PhysicsConfig(Section):
+    """The AMBER-type target potential and its temperature."""
+
+    temperature_K: float = Field(310.0, gt=0, le=2000, description="temperature of every target distribution")
+    force_field: tuple[str, ...] = Field(
+        ("amber14-all.xml", "implicit/obc1.xml"), min_length=1, description="OpenMM force field files, by name or path"
+    )
+    cutoff_nm: float | None = Field(2.0, gt=0, description="non-periodic cutoff with reaction field; null for none")
+
+
+class ReferenceConfig(Section):
+    """Reference molecular dynamics with OpenMM (LangevinMiddle, no constraints)."""
+
+    trajectories: int = Field(8, ge=2, description="independent trajectories, started in different basins")
+    length_ps: float = Field(400.0, gt=0, description="production length of each trajectory")
+    equilibration_ps: float = Field(10.0, ge=0, description="discarded start of each trajectory")
+    timestep_fs: float = Field(2.0, gt=0, le=8, description="integration step")
+    friction_per_ps: float = Field(0.3, gt=0, description="Langevin friction")
+    hydrogen_mass_Da: float | None = Field(
+        3.024, ge=1, le=4, description="hydrogen mass, taken from the bonded atom (positions stay Boltzmann); null keeps 1.008"
+    )
+    save_every_ps: float = Field(0.2, gt=0, description="time between saved frames")
+    checkpoint_every_s: float = Field(10.0, gt=0, description="approximate wall time between checkpoints")
+
+    @model_validator(mode="after")
+    def _whole_frames(self) -> ReferenceConfig:
+        _check_multiple(self.save_every_ps * 1000, self.timestep_fs, "save_every_ps", "timestep_fs")
+        return self
+
+
+class ShardConfig(Section):
+    """Training shards: lagged pairs, split by trajectory."""
+
+    lags_ps: tuple[float, ...] = Field((100.0,), min_length=1, description="time lags tau of the pairs (x(t), x(t+tau))")
+    validation_fraction: float = Field(0.25, gt=0, lt=1, description="fraction of the trajectories held out")
+    frames_per_shard: int = Field(2000, ge=1, description="pair starts in one shard file")
+
+
+class FlowConfig(Section):
+    """The internal-coordinate conditional flow and its training."""
+
+    max_seconds: float = Field(150.0, gt=0, description="training stops after this much wall time, summed over attempts")
+    max_steps: int = Field(4000, ge=1, description="training stops after this many optimiser steps")
+    batch_size: int = Field(256, ge=1, description="pairs per optimiser step")
+    learning_rate: float = Field(2e-3, gt=0, description="peak learning rate (Adam, warm-up, cosine decay)")
+    hidden: int = Field(128, ge=8, description="width of the networks")
+    couplings: int = Field(6, ge=2, description="coupling layers over the stiff coordinates")
+    torsion_components: int = Field(16, ge=1, description="von Mises components per free torsion")
+    ema_decay: float = Field(0.995, ge=0, lt=1, description="exponential moving average of the weights")
+    checkpoint_every_steps: int = Field(250, ge=1, description="optimiser steps between checkpoints")
+
+
+class DistillConfig(Section):
+    """The distilled student and the teacher that labels its frames."""
+
+    teacher: Literal["gfn2-xtb", "gfn1-xtb"] = Field("gfn2-xtb", description="expensive potential (tblite, in gas phase)")
+    frames: int = Field(2400, ge=20, description="teacher-labelled frames")
+    cutoff_nm: float = Field(0.35, gt=0.1, le=1.0, description="range of the student")
+    hidden: int = Field(64, ge=8, description="width of the student")
+    max_steps: int = Field(3000, ge=1, description="optimiser steps")
+    batch_size: int = Field(32, ge=1, description="frames per optimiser step")
+    learning_rate: float = Field(2e-3, gt=0, description="peak learning rate")
+    checkpoint_every_steps: int = Field(250, ge=1, description="optimiser steps between checkpoints")
+
+
+class MDSampling(Section):
+    """Method `md`: OpenMM Langevin dynamics on the AMBER target."""
+
+    chains: int = Field(4, ge=2, description="independent trajectories")
+    length_ps: float = Field(100.0, gt=0, description="length of each trajectory")
+    timestep_fs: float = Field(2.0, gt=0, le=8, description="integration step")
+    friction_per_ps: float = Field(0.3, gt=0, description="Langevin friction")
+    hydrogen_mass_Da: float | None = Field(3.024, ge=1, le=4, description="hydrogen mass; null keeps 1.008")
+    save_every_ps: float = Field(0.2, gt=0, description="time between saved frames")
+
+    @model_validator(mode="after")
+    def _whole_frames(self) -> MDSampling:
+        _check_multiple(self.save_every_ps * 1000, self.timestep_fs, "save_every_ps", "timestep_fs")
+        return self
+
+
+class TimewarpSampling(Section):
+    """Method `timewarp`: exact Metropolis-Hastings with flow proposals on the AMBER target."""
+
+    chains: int = Field(256, ge=2, description="chains advanced together")
+    proposals: int = Field(2000, ge=1, description="proposals per chain")
+    burn_in: int = Field(200, ge=0, description="proposals per chain discarded before the first saved one")
+    save_every: int = Field(10, ge=1, description="proposals between saved states")
+    checkpoint_every: int = Field(200, ge=1, description="proposals between checkpoints")
+
+
+class ExploreSampling(Section):
+    """Method `explore`: flow proposals without correction (biased), filtered by energy and chirality."""
+
+    chains: int = Field(256, ge=2, description="chains advanced together")
+    proposals: int = Field(200, ge=1, description="proposals per chain")
+    save_every: int = Field(2, ge=1, description="proposals between saved states")
+    max_energy_rise_kJ_per_mol: float = Field(300.0, gt=0, description="a larger rise in one step is refused")
+    checkpoint_every: int = Field(50, ge=1, description="proposals between checkpoints")
+
+
+class MTSSampling(Section):
+    """Method `mts`: RESPA BAOAB with the teacher every outer step and the student every inner step."""
+
+    replicas: int = Field(4, ge=1, description="independent trajectories")
+    length_ps: float = Field(4.0, gt=0, description="length of each trajectory")
+    outer_timestep_fs: float = Field(4.0, gt=0, le=12, description="time between two teacher calls")
+    inner_steps: int = Field(4, ge=1, le=64, description="student steps per teacher call")
+    friction_per_ps: float = Field(1.0, gt=0, description="Langevin friction")
+    hydrogen_mass_Da: float | None = Field(None, ge=1, le=4, description="hydrogen mass; null keeps 1.008")
+    equilibration_ps: float = Field(0.5, ge=0, description="discarded start of each trajectory")
+    save_every_ps: float = Field(0.02, gt=0, description="time between saved frames")
+    max_slow_force_kJ_per_mol_nm: float = Field(
+        1e4, gt=0, description="stop when teacher and student differ by more on one atom"
+    )
+    checkpoint_every_ps: float = Field(0.2, gt=0, description="time between checkpoints")
+
+    @model_validator(mode="after")
+    def _whole_frames(self) -> MTSSampling:
+        _check_multiple(self.save_every_ps * 1000, self.outer_timestep_fs, "save_every_ps", "outer_timestep_fs")
+        return self
+
+
+class STSSampling(Section):
+    """Method `sts`: single-step BAOAB with the teacher, the baseline of `mts`."""
+
+    replicas: int = Field(4, ge=1, description="independent trajectories")
+    length_ps: float = Field(2.0, gt=0, description="length of each trajectory")
+    timestep_fs: float = Field(1.0, gt=0, le=4, description="integration step")
+    friction_per_ps: float = Field(1.0, gt=0, description="Langevin friction")
+    hydrogen_mass_Da: float | None = Field(None, ge=1, le=4, description="hydrogen mass; null keeps 1.008")
+    equilibration_ps: float = Field(0.5, ge=0, description="discarded start of each trajectory")
+    save_every_ps: float = Field(0.02, gt=0, description="time between saved frames")
+    checkpoint_every_ps: float = Field(0.1, gt=0, description="time between checkpoints")
+
+    @model_validator(mode="after")
+    def _whole_frames(self) -> STSSampling:
+        _check_multiple(self.save_every_ps * 1000, self.timestep_fs, "save_every_ps", "timestep_fs")
+        return self
+
+
+class SampleConfig(Section):
+    """Which methods run, how often, and how."""
+
+    methods: tuple[Method, ...] = Field(METHODS, min_length=1, description="methods to run")
+    seeds: int = Field(2, ge=1, le=1000, description="independent repeats of every method")
+    md: MDSampling = MDSampling()
+    timewarp: TimewarpSampling = TimewarpSampling()
+    explore: ExploreSampling = ExploreSampling()
+    mts: MTSSampling = MTSSampling()
+    sts: STSSampling = STSSampling()
+
+
+class CompareConfig(Section):
+    """Free energies, TICA, MSM and effective sample sizes."""
+
+    bins: int = Field(36, ge=6, le=360, description="bins per torsion axis of the free-energy grid")
+    tica_lag_ps: float = Field(5.0, gt=0, description="lag time of TICA")
+    msm_lags_ps: tuple[float, ...] = Field(
+        (1.0, 2.0, 5.0, 10.0, 20.0), min_length=1, description="lag times of implied timescales"
+    )
+    msm_states: int = Field(50, ge=2, description="k-means states of the MSM")
+    bootstrap: int = Field(200, ge=20, description="bootstrap replicates")
+    max_free_energy_kT: float = Field(5.0, gt=0, description="bins above this reference free energy are not compared")
+
+
+class Config(Section):
+    """A whole run."""
+
+    run: RunConfig = RunConfig()
+    systems: tuple[SystemConfig, ...] = Field(
+        (SystemConfig(name="alanine-dipeptide", sequence="ACE-ALA-NME"),), min_length=1, description="the molecules"
+    )
+    physics: PhysicsConfig = PhysicsConfig()
+    reference: ReferenceConfig = ReferenceConfig()
+    shard: ShardConfig = ShardConfig()
+    flow: FlowConfig = FlowConfig()
+    distill: DistillConfig = DistillConfig()
+    sample: SampleConfig = SampleConfig()
+    compare: CompareConfig = CompareConfig()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Config:
+        names = [system.name for system in self.systems]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"systems: the name {twice[0]!r} is used twice")
+        usable = self.reference.length_ps
+        for lag in self.shard.lags_ps:
+            if lag >= usable:
+                raise ValueError(
+                    f"shard.lags_ps: {lag:g} ps is not shorter than reference.length_ps ({usable:g} ps);"
+                    " shorten the lag or lengthen the trajectories"
+                )
+            _check_multiple(lag, self.reference.save_every_ps, "shard.lags_ps", "reference.save_every_ps")
+        return self
+
+    def system(self, name: str) -> SystemConfig:
+        """Return the system of that name, or say which names exist."""
+        for system in self.systems:
+            if system.name == name:
+                return system
+        known = ", ".join(system.name for system in self.systems)
+        raise ConfigError(f"no system {name!r} in the configuration; known: {known}")
+
+    @property
+    def run_folder(self) -> Path:
+        """The folder that holds everything of this run."""
+        return Path(self.run.folder) / self.run.name
+
+
+def validate(values: dict[str, Any]) -> Config:
+    """Return the typed configuration of a nested dict.
+
+    Raises:
+        ConfigError: one line naming the first bad key, what is wrong, and for unknown keys the nearest valid one.
+    """
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(_one_line(error)) from None
+
+
+def load_config(path: Path | str) -> Config:
+    """Read and validate a YAML configuration file.
+
+    Raises:
+        ConfigError: the file is missing, is not YAML, or holds a bad key or value.
+    """
+    try:
+        values = yaml.safe_load(Path(path).read_text())
+    except OSError as error:
+        raise ConfigError(f"cannot read the configuration {path}: {error.strerror}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if values is not None and not isinstance(values, dict):
+        raise ConfigError(f"{path} must hold keys and values, not a {type(values).__name__}")
+    return validate(values or {})
+
+
+def dump_config(config: Config) -> str:
+    """Return the resolved configuration as YAML, every default written out."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, width=120)
+
+
+def _one_line(error: ValidationError) -> str:
+    first = error.errors()[0]
+    path = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        return f"unknown configuration key '{path}'{_nearest(first['loc'])}"
+    message = first["msg"].removeprefix("Value error, ")
+    shown = "" if isinstance(first["input"], dict) else f" (given: {first['input']!r})"
+    return f"configuration: {path + ': ' if path else ''}{message}{shown if path else ''}"
+
+
+def _nearest(location: tuple[int | str, ...]) -> str:
+    valid: list[str] = list(_fields_at(location[:-1]))
+    close = difflib.get_close_matches(str(location[-1]), valid, n=1, cutoff=0.0)
+    return f"; did you mean '{'.'.join(str(part) for part in (*location[:-1], close[0]))}'?" if close else ""
+
+
+def _fields_at(location: tuple[int | str, ...]) -> dict[str, Any]:
+    model: type[BaseModel] = Config
+    for part in location:
+        if isinstance(part, int):
+            continue
+        model = _model_in(model.model_fields[part].annotation) or model
+    return model.model_fields
+
+
+def _model_in(annotation: Any) -> type[BaseModel] | None:  # noqa: ANN401 - a type expression
+    if isinstance(annotation, type) and not isinstance(annotation, types.GenericAlias) and issubclass(annotation, BaseModel):
+        return annotation
+    for argument in typing.get_args(annotation):
+        if found := _model_in(argument):
+            return found
+    return None
+
+
+def stage_view(config: Config, stage: str, *, system: str | None = None, method: str | None = None) -> dict[str, Any]:
+    """Return the part of the configuration that one job reads, as plain values.
+
+    Args:
+        config: the resolved configuration.
+        stage: prepare, reference, shard, flow, distill, sample, compare or report.
+        system: the job's system, where it has one.
+        method: the job's method, for `sample`.
+    """
+    full = config.model_dump(mode="json")
+    view: dict[str, Any] = {"seed": config.run.seed}
+    if system is not None:
+        view["system"] = config.system(system).model_dump(mode="json")
+    if stage in ("prepare", "reference", "sample", "compare", "distill"):
+        view["physics"] = full["physics"]
+    if stage == "sample" and method is not None:
+        view["sample"] = full["sample"][method]
+    elif stage in full:
+        view[stage] = full[stage]
+    if stage == "report":
+        view["config"] = full
+    return view

@@ -1,0 +1,1 @@
+"""Files: atomic writes, manifests, checkpoints, frames and shards."""

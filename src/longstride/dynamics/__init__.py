@@ -1,0 +1,1 @@
+"""Integrators, trajectory runners and OpenMM molecular dynamics."""

@@ -1,0 +1,1 @@
+"""Invertible maps and conditional flows with exact densities."""

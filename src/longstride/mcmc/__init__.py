@@ -1,0 +1,1 @@
+"""Markov kernels and the loop that runs them."""

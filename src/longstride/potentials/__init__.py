@@ -1,0 +1,1 @@
+"""Energy functions behind one protocol: AMBER, teachers, distilled students."""

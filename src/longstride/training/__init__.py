@@ -1,0 +1,1 @@
+"""Training loops and losses of flows and students."""
