@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from typing import TextIO
@@ -46,7 +47,7 @@ class Progress:
         self._last = now
         rate = (done - self._start) / max(now - self._begin, 1e-9)
         left = (self._total - done) / rate if rate > 0 else float("nan")
-        eta = format_duration(left) if left == left else "?"
+        eta = format_duration(left) if math.isfinite(left) else "?"
         percent = 100 * done / self._total if self._total else 100.0
         amount = f"{done:.6g}/{self._total:.6g} {self._unit}"
         line = f"{self._label}: {percent:3.0f}% {amount}, {rate:.3g} {self._unit}/s, {eta} left"
