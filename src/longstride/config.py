@@ -80,11 +80,13 @@ class ReferenceConfig(Section):
         3.024, ge=1, le=4, description="hydrogen mass, taken from the bonded atom (positions stay Boltzmann); null keeps 1.008"
     )
     save_every_ps: float = Field(0.2, gt=0, description="time between saved frames")
-    checkpoint_every_s: float = Field(10.0, gt=0, description="approximate wall time between checkpoints")
+    checkpoint_every_ps: float = Field(20.0, gt=0, description="simulated time between checkpoints")
 
     @model_validator(mode="after")
     def _whole_frames(self) -> ReferenceConfig:
         _check_multiple(self.save_every_ps * 1000, self.timestep_fs, "save_every_ps", "timestep_fs")
+        _check_multiple(self.checkpoint_every_ps, self.save_every_ps, "checkpoint_every_ps", "save_every_ps")
+        _check_multiple(self.length_ps, self.save_every_ps, "length_ps", "save_every_ps")
         return self
 
 
@@ -131,11 +133,15 @@ class MDSampling(Section):
     timestep_fs: float = Field(2.0, gt=0, le=8, description="integration step")
     friction_per_ps: float = Field(0.3, gt=0, description="Langevin friction")
     hydrogen_mass_Da: float | None = Field(3.024, ge=1, le=4, description="hydrogen mass; null keeps 1.008")
+    equilibration_ps: float = Field(5.0, ge=0, description="discarded start of each trajectory")
     save_every_ps: float = Field(0.2, gt=0, description="time between saved frames")
+    checkpoint_every_ps: float = Field(20.0, gt=0, description="simulated time between checkpoints")
 
     @model_validator(mode="after")
     def _whole_frames(self) -> MDSampling:
         _check_multiple(self.save_every_ps * 1000, self.timestep_fs, "save_every_ps", "timestep_fs")
+        _check_multiple(self.checkpoint_every_ps, self.save_every_ps, "checkpoint_every_ps", "save_every_ps")
+        _check_multiple(self.length_ps, self.save_every_ps, "length_ps", "save_every_ps")
         return self
 
 

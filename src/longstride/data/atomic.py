@@ -92,7 +92,7 @@ def read_arrays(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     try:
         with safe_open(path, framework="numpy") as handle:
             metadata = handle.metadata() or {}
-            return {key: handle.get_tensor(key) for key in handle.keys()}, metadata  # noqa: SIM118 - not a dict
+            return {key: handle.get_tensor(key) for key in handle.keys()}, metadata
     except (SafetensorError, OSError, ValueError) as error:
         raise DataError(f"cannot read {path}: {error}; delete it and run the stage that writes it again") from error
 
