@@ -9,14 +9,19 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import multiprocessing
 import os
+import signal
 import socket
+import sys
 import tempfile
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from multiprocessing.queues import Queue
 
 
 def available_cores() -> list[int]:
@@ -53,3 +58,38 @@ def pin(core: int | None) -> None:
     """Bind the calling process to one core; None or an unsupported system leaves it free."""
     if core is not None and hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {core})
+
+
+def die_with_parent() -> None:
+    """Ask Linux to kill the calling worker process when its parent ends, so that no orphan keeps computing."""
+    if sys.platform != "linux":
+        return
+    import ctypes
+
+    set_parent_death_signal = 1  # PR_SET_PDEATHSIG of prctl(2)
+    ctypes.CDLL(None, use_errno=True).prctl(set_parent_death_signal, signal.SIGKILL, 0, 0, 0)
+
+
+def start_worker(cores: Queue[int | None]) -> None:
+    """Initialise a worker process: bound to its parent's life and pinned to the next core in the queue."""
+    die_with_parent()
+    pin(cores.get())
+
+
+@contextlib.contextmanager
+def pinned_workers(count: int) -> Iterator[ProcessPoolExecutor]:
+    """Yield a pool of `count` fresh processes, each pinned to a core of its own where enough are free."""
+    context = multiprocessing.get_context("spawn")
+    with claim_cores(count) as claimed:
+        queue = context.Queue()
+        for index in range(count):
+            queue.put(claimed[index] if len(claimed) == count else None)
+        pool = ProcessPoolExecutor(count, mp_context=context, initializer=start_worker, initargs=(queue,))
+        try:
+            yield pool
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for worker in multiprocessing.active_children():
+                worker.kill()  # the interpreter would otherwise wait for running tasks before it exits
+            raise
+        pool.shutdown()

@@ -74,9 +74,8 @@ class StateFolder:
         return read_arrays(self.path / f"block_{index:08d}.safetensors")[0]
 
     def clear(self) -> None:
-        """Remove everything, once the job's outputs are complete."""
-        for path in self.path.glob("*.safetensors"):
-            path.unlink(missing_ok=True)
+        """Remove everything but the lock, once the job's outputs are complete."""
+        _empty(self.path)
 
 
 @contextlib.contextmanager
@@ -107,6 +106,11 @@ def _match_key(path: Path, key: str) -> None:
         return
     if stored is not None:
         print(f"{path}: configuration, inputs or code changed since the last attempt; starting afresh", file=sys.stderr)
+    _empty(path)
+    write_json(key_file, {"fingerprint": key})
+
+
+def _empty(path: Path) -> None:
     for item in path.iterdir():
         if item.name == "lock":
             continue
@@ -114,4 +118,3 @@ def _match_key(path: Path, key: str) -> None:
             shutil.rmtree(item)
         else:
             item.unlink()
-    write_json(key_file, {"fingerprint": key})

@@ -1,0 +1,318 @@
+"""The command line: `longstride <stage>`. Parse, load, call; the science is elsewhere and imported when needed."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+from pydantic import BaseModel
+
+from longstride import __version__
+from longstride import config as cfg
+from longstride.errors import ConfigError, LongstrideError
+from longstride.seeds import job_seed
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+EXIT_ERROR, EXIT_INTERRUPTED = 2, 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; return the exit status. A user's mistake is one line on standard error, never a traceback."""
+    options = build_parser().parse_args(arguments)
+    try:
+        options.command(options)
+    except LongstrideError as error:
+        print(f"longstride: error: {error}", file=sys.stderr)
+        return EXIT_ERROR
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+            raise
+        print(
+            f"longstride: error: {error.strerror}: {error.filename or 'while writing'}; finished work is kept", file=sys.stderr
+        )
+        return EXIT_ERROR
+    except KeyboardInterrupt:
+        print("longstride: interrupted; the same command continues from the last checkpoint", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    return 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of all commands."""
+    parser = argparse.ArgumentParser(prog="longstride", description="Accelerated molecular dynamics with learned long strides.")
+    parser.add_argument("--version", action="version", version=f"longstride {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    prepare = _command(
+        commands, "prepare", _prepare, "sequence or structure file -> molecule with a force field", cfg.PhysicsConfig
+    )
+    _folders(prepare, "out")
+    prepare.add_argument("--sequence", help="instead of --system: ACE-ALA-NME, AA, YLFP, ...")
+    prepare.add_argument("--file", help="instead of --system: a PDB or mmCIF file")
+    reference = _command(commands, "reference", _reference, "OpenMM Langevin MD from several basins", cfg.ReferenceConfig)
+    _folders(reference, "prepared", "out", "state")
+    shard = _command(commands, "shard", _shard, "trajectories -> shards of lagged pairs", cfg.ShardConfig)
+    _folders(shard, "reference", "out")
+    flow = _command(commands, "train-flow", _train_flow, "shards -> conditional normalising flow", cfg.FlowConfig)
+    _folders(flow, "prepared", "shards", "out", "state")
+    distill = _command(commands, "distill", _distill, "teacher labels -> 3.5 Å student potential", cfg.DistillConfig)
+    _folders(distill, "prepared", "reference", "out", "state")
+    _add_sample(commands)
+    compare = _command(commands, "compare", _compare, "free energies, MSM, ESS of one system's samples", cfg.CompareConfig)
+    _folders(compare, "prepared", "reference", "out")
+    compare.add_argument("--samples", nargs="+", required=True, type=Path, metavar="DIR", help="folders of the sample stage")
+    summary = _command(commands, "summary", _summary, "comparisons -> summary.csv", None)
+    summary.add_argument("--compare", nargs="+", required=True, type=Path, metavar="DIR", help="folders of the compare stage")
+    summary.add_argument("--out", required=True, type=Path, metavar="FILE", help="the CSV file to write")
+    report = _command(commands, "report", _report, "run folder -> one self-contained HTML file", None)
+    report.add_argument("--run-folder", required=True, type=Path, metavar="DIR", help="results/<run>")
+    report.add_argument("--out", required=True, type=Path, metavar="FILE", help="the HTML file to write")
+    _add_bench(commands)
+    return parser
+
+
+def _command(
+    commands: Any,  # noqa: ANN401 - argparse keeps its subparser type private
+    name: str,
+    function: Callable[[argparse.Namespace], None],
+    summary: str,
+    section: type[BaseModel] | None,
+) -> argparse.ArgumentParser:
+    parser = commands.add_parser(name, help=summary, description=summary)
+    parser.set_defaults(command=function)
+    parser.add_argument("--config", type=Path, metavar="FILE", help="YAML configuration (default: built-in defaults)")
+    parser.add_argument("--system", metavar="NAME", help="name of the system in the configuration (default: the only one)")
+    parser.add_argument(
+        "--threads", type=int, default=max(1, len(os.sched_getaffinity(0))), help="cores to use (default: %(default)s)"
+    )
+    if section is not None:
+        _section_flags(parser, section)
+    return parser
+
+
+def _section_flags(parser: argparse.ArgumentParser, section: type[BaseModel]) -> None:
+    """Give every plain field of a configuration section a flag; units are in the names, defaults in the help."""
+    group = parser.add_argument_group(f"settings ({section.__name__}; they override the configuration)")
+    for name, field in section.model_fields.items():
+        default = field.get_default()
+        if isinstance(default, BaseModel):
+            continue
+        text = f"{field.description} (default: {default})".replace("%", "%%")
+        group.add_argument(f"--{name.replace('_', '-')}", dest=f"set_{name}", metavar="VALUE", help=text)
+
+
+def _folders(parser: argparse.ArgumentParser, *names: str) -> None:
+    meaning = {
+        "prepared": "folder of the prepare stage",
+        "reference": "folder of the reference stage",
+        "shards": "folder of the shard stage",
+        "out": "folder to write",
+        "state": "folder for checkpoints (default: <out>/.state)",
+    }
+    for name in names:
+        parser.add_argument(f"--{name}", required=name != "state", type=Path, metavar="DIR", help=meaning[name])
+
+
+def _add_sample(commands: Any) -> None:  # noqa: ANN401 - argparse keeps its subparser type private
+    sample = _command(commands, "sample", _sample, "draw samples with one method", None)
+    sample.add_argument(
+        "--method", required=True, choices=cfg.METHODS, help="exact: timewarp; unadjusted: md, mts, sts; biased: explore"
+    )
+    sample.add_argument("--seed", type=int, default=0, metavar="K", help="repeat number (default: 0)")
+    sample.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of the method, such as --set chains=64"
+    )
+    _folders(sample, "prepared", "reference", "out", "state")
+    sample.add_argument("--flow", type=Path, metavar="DIR", help="folder of the train-flow stage (timewarp, explore)")
+    sample.add_argument("--distill", type=Path, metavar="DIR", help="folder of the distill stage (mts)")
+    lines = []
+    for method, section in cfg.SampleConfig.model_fields.items():
+        if isinstance(section.default, BaseModel):
+            lines += [f"settings of {method}:"]
+            fields = type(section.default).model_fields
+            lines += [f"  {key} (default: {field.get_default()})  {field.description}" for key, field in fields.items()]
+    sample.epilog = "\n".join(lines)
+    sample.formatter_class = argparse.RawDescriptionHelpFormatter
+
+
+def _add_bench(commands: Any) -> None:  # noqa: ANN401 - argparse keeps its subparser type private
+    bench = commands.add_parser("bench", help="measure speed; ratios within one run, warm-up excluded")
+    kinds = bench.add_subparsers(required=True, metavar="WHAT")
+    energies = kinds.add_parser("energies", help="batched torch energies against OpenMM, with parity")
+    energies.set_defaults(command=_bench_energies)
+    energies.add_argument("--system", default="ACE-ALA-NME", metavar="SEQUENCE", help="peptide (default: %(default)s)")
+    energies.add_argument("--batch", type=int, default=1024, help="configurations per call (default: %(default)s)")
+    energies.add_argument(
+        "--threads", type=int, default=max(1, len(os.sched_getaffinity(0))), help="cores (default: %(default)s)"
+    )
+    energies.add_argument("--json", action="store_true", help="print JSON instead of a table")
+
+
+def _load(options: argparse.Namespace, section: str | None = None) -> cfg.Config:
+    """Return the configuration with this command's flags applied to `section`."""
+    config = cfg.load_config(options.config) if options.config else cfg.Config()
+    changes = {key[4:]: _value(text) for key, text in vars(options).items() if key.startswith("set_") and text is not None}
+    if not changes or section is None:
+        return config
+    values = config.model_dump(mode="json")
+    target = values
+    for part in section.split("."):
+        target = target[part]
+    target.update(changes)
+    return cfg.validate(values)
+
+
+def _value(text: str) -> Any:  # noqa: ANN401 - whatever the user wrote; the configuration model checks it
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"cannot read the value {text!r}") from error
+
+
+def _system_name(options: argparse.Namespace, config: cfg.Config) -> str:
+    if options.system:
+        return config.system(options.system).name
+    if len(config.systems) > 1:
+        raise ConfigError(f"say which system with --system; known: {', '.join(system.name for system in config.systems)}")
+    return config.systems[0].name
+
+
+def _state(options: argparse.Namespace) -> Path:
+    return options.state or options.out / ".state"
+
+
+def _seed(config: cfg.Config, *identity: str | int) -> int:
+    return job_seed(config.run.seed, *identity)
+
+
+def _prepare(options: argparse.Namespace) -> None:
+    from longstride.stages import prepare
+
+    config = _load(options, "physics")
+    if options.sequence or options.file:
+        name = options.system or options.sequence or Path(options.file).stem
+        values = {
+            **config.model_dump(mode="json"),
+            "systems": [{"name": name, "sequence": options.sequence, "file": options.file}],
+        }
+        config = cfg.validate(values)
+    prepare.run(config.system(_system_name(options, config)), physics=config.physics, out=options.out)
+
+
+def _reference(options: argparse.Namespace) -> None:
+    from longstride.stages import reference
+
+    config = _load(options, "reference")
+    reference.run(
+        config.reference,
+        physics=config.physics,
+        prepared=options.prepared,
+        out=options.out,
+        state=_state(options),
+        seed=_seed(config, "reference", _system_name(options, config)),
+        threads=options.threads,
+    )
+
+
+def _shard(options: argparse.Namespace) -> None:
+    from longstride.stages import shard
+
+    shard.run(_load(options, "shard").shard, reference=options.reference, out=options.out)
+
+
+def _train_flow(options: argparse.Namespace) -> None:
+    from longstride.stages import flow
+
+    config = _load(options, "flow")
+    flow.run(
+        config.flow,
+        prepared=options.prepared,
+        shards=options.shards,
+        out=options.out,
+        state=_state(options),
+        seed=_seed(config, "flow", _system_name(options, config)),
+        threads=options.threads,
+    )
+
+
+def _distill(options: argparse.Namespace) -> None:
+    from longstride.stages import distill
+
+    config = _load(options, "distill")
+    distill.run(
+        config.distill,
+        prepared=options.prepared,
+        reference=options.reference,
+        out=options.out,
+        state=_state(options),
+        seed=_seed(config, "distill", _system_name(options, config)),
+        threads=options.threads,
+    )
+
+
+def _sample(options: argparse.Namespace) -> None:
+    from longstride.stages import sample
+
+    for item in options.set:
+        key, equals, text = item.partition("=")
+        if not equals:
+            raise ConfigError(f"--set takes KEY=VALUE, not {item!r}")
+        setattr(options, f"set_{key}", text)
+    config = _load(options, f"sample.{options.method}")
+    sample.run(
+        options.method,
+        config,
+        inputs=sample.SampleInputs(
+            prepared=options.prepared, reference=options.reference, flow=options.flow, distill=options.distill
+        ),
+        out=options.out,
+        state=_state(options),
+        seed=_seed(config, "sample", _system_name(options, config), options.method, options.seed),
+        threads=options.threads,
+    )
+
+
+def _compare(options: argparse.Namespace) -> None:
+    from longstride.stages import compare
+
+    config = _load(options, "compare")
+    compare.run(
+        config.compare,
+        prepared=options.prepared,
+        reference=options.reference,
+        samples=options.samples,
+        out=options.out,
+        seed=_seed(config, "compare", _system_name(options, config)),
+        threads=options.threads,
+    )
+
+
+def _summary(options: argparse.Namespace) -> None:
+    from longstride.stages import compare
+
+    compare.summarise([folder / "comparison.json" for folder in options.compare], options.out)
+
+
+def _report(options: argparse.Namespace) -> None:
+    from longstride.stages import report
+
+    report.run(_load(options), run_folder=options.run_folder, out=options.out)
+
+
+def _bench_energies(options: argparse.Namespace) -> None:
+    import json
+
+    from longstride.stages import bench
+
+    result = bench.energies(sequence=options.system, batch=options.batch, threads=options.threads)
+    print(json.dumps(result, indent=1) if options.json else bench.table(result))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

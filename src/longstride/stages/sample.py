@@ -1,0 +1,67 @@
+"""Stage `sample`: one method, one system, one seed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from longstride.errors import LongstrideError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from longstride.config import Config, Method
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleInputs:
+    """Folders a sampling job reads; `flow` and `distill` only where the method needs them."""
+
+    prepared: Path
+    reference: Path
+    flow: Path | None = None
+    distill: Path | None = None
+
+
+def run(method: Method, config: Config, *, inputs: SampleInputs, out: Path, state: Path, seed: int, threads: int) -> None:
+    """Run `method` and write samples and manifest to `out`.
+
+    Raises:
+        LongstrideError: an input that the method needs is not given.
+    """
+    job = {
+        "prepared": inputs.prepared,
+        "reference": inputs.reference,
+        "out": out,
+        "state": state,
+        "seed": seed,
+        "threads": threads,
+    }
+    sections, physics = config.sample, config.physics
+    if method == "md":
+        from longstride.stages.sample_md import run_md
+
+        run_md(sections.md, physics=physics, **job)
+    elif method in ("timewarp", "explore"):
+        from longstride.stages.sample_flow import run_explore, run_timewarp
+
+        flow = _needed(inputs.flow, method, "--flow")
+        if method == "timewarp":
+            run_timewarp(sections.timewarp, flow=flow, **job)
+        else:
+            run_explore(sections.explore, flow=flow, **job)
+    elif method == "mts":
+        from longstride.stages.sample_mts import run_mts
+
+        distill = _needed(inputs.distill, method, "--distill")
+        run_mts(sections.mts, distill=distill, teacher=config.distill.teacher, **job)
+    else:
+        from longstride.stages.sample_mts import run_sts
+
+        run_sts(sections.sts, teacher=config.distill.teacher, **job)
+
+
+def _needed(folder: Path | None, method: str, flag: str) -> Path:
+    if folder is None:
+        raise LongstrideError(f"method {method} needs {flag} DIR")
+    return folder
