@@ -165,7 +165,7 @@ def _load(options: argparse.Namespace, section: str | None = None) -> cfg.Config
     for part in section.split("."):
         target = target[part]
     target.update(changes)
-    return cfg.validate(values)
+    return cfg.validate(values, whole_run=False)
 
 
 def _value(text: str) -> Any:  # noqa: ANN401 - whatever the user wrote; the configuration model checks it

@@ -251,14 +251,6 @@ class Config(Section):
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise ValueError(f"systems: the name {twice[0]!r} is used twice")
-        usable = self.reference.length_ps
-        for lag in self.shard.lags_ps:
-            if lag >= usable:
-                raise ValueError(
-                    f"shard.lags_ps: {lag:g} ps is not shorter than reference.length_ps ({usable:g} ps);"
-                    " shorten the lag or lengthen the trajectories"
-                )
-            _check_multiple(lag, self.reference.save_every_ps, "shard.lags_ps", "reference.save_every_ps")
         return self
 
     def system(self, name: str) -> SystemConfig:
@@ -275,16 +267,37 @@ class Config(Section):
         return Path(self.run.folder) / self.run.name
 
 
-def validate(values: dict[str, Any]) -> Config:
+def validate(values: dict[str, Any], *, whole_run: bool = True) -> Config:
     """Return the typed configuration of a nested dict.
+
+    Args:
+        values: what the YAML file holds.
+        whole_run: also check that the stages fit each other; a single stage with its own flags does not need that.
 
     Raises:
         ConfigError: one line naming the first bad key, what is wrong, and for unknown keys the nearest valid one.
     """
     try:
-        return Config.model_validate(values)
+        config = Config.model_validate(values)
     except ValidationError as error:
         raise ConfigError(_one_line(error)) from None
+    if whole_run:
+        _check_lags(config)
+    return config
+
+
+def _check_lags(config: Config) -> None:
+    reference = config.reference
+    for lag in config.shard.lags_ps:
+        if lag >= reference.length_ps:
+            raise ConfigError(
+                f"configuration: shard.lags_ps: {lag:g} ps is not shorter than reference.length_ps"
+                f" ({reference.length_ps:g} ps); shorten the lag or lengthen the trajectories"
+            )
+        try:
+            _check_multiple(lag, reference.save_every_ps, "shard.lags_ps", "reference.save_every_ps")
+        except ValueError as error:
+            raise ConfigError(f"configuration: {error}") from None
 
 
 def load_config(path: Path | str) -> Config:

@@ -38,13 +38,14 @@ class Progress:
         self._terminal = self._stream.isatty()
         self._interval = 0.2 if self._terminal else every_s
         self._begin = self._last = time.monotonic()
+        self._finished = False
 
     def update(self, done: float, note: str = "") -> None:
         """Show that `done` of `total` units are done; `note` is appended, such as "acceptance 0.52"."""
         now = time.monotonic()
-        if now - self._last < self._interval and done < self._total:
+        if self._finished or (now - self._last < self._interval and done < self._total):
             return
-        self._last = now
+        self._last, self._finished = now, done >= self._total
         rate = (done - self._start) / max(now - self._begin, 1e-9)
         left = (self._total - done) / rate if rate > 0 else float("nan")
         eta = format_duration(left) if math.isfinite(left) else "?"

@@ -142,14 +142,15 @@ def prepare(
                 modeller.addHydrogens(field, pH=7.0, variants=variants, platform=_reference_platform())
         except (ValueError, KeyError, openmm.OpenMMException) as error:
             raise LongstrideError(_template_message(error, source or name)) from error
-    openmm_system = _create_system(field, modeller.topology, cutoff_nm, source or name)
-    system = describe(modeller.topology, openmm_system, name=name)
+    complete = _sorted_bonds(modeller.topology)
+    openmm_system = _create_system(field, complete, cutoff_nm, source or name)
+    system = describe(complete, openmm_system, name=name)
     start = _as_array(modeller.positions)
     start = canonical_labels(system, minimise(openmm_system, canonical_labels(system, start)))
     return Prepared(
         system=system,
         openmm_system=openmm_system,
-        topology=modeller.topology,
+        topology=complete,
         positions=start,
         system_hash=hash_system(openmm_system),
         target="-".join(Path(item).stem for item in force_field),
@@ -424,6 +425,21 @@ def _cap_atom(residue: str, atom: str) -> str | None:
     if residue == C_CAP:
         return {"N": "N", "CA": "C"}.get(atom)
     return atom
+
+
+def _sorted_bonds(topology: app.Topology) -> app.Topology:
+    """Return a copy whose bonds are sorted, so that the System does not depend on where the structure came from."""
+    result = app.Topology()
+    atoms = {}
+    for chain in topology.chains():
+        new_chain = result.addChain(chain.id)
+        for residue in chain.residues():
+            new_residue = result.addResidue(residue.name, new_chain, residue.id, residue.insertionCode)
+            for atom in residue.atoms():
+                atoms[atom.index] = result.addAtom(atom.name, atom.element, new_residue, atom.id)
+    for first, second in sorted({(min(a.index, b.index), max(a.index, b.index)) for a, b in topology.bonds()}):
+        result.addBond(atoms[first], atoms[second])
+    return result
 
 
 def _load_force_field(files: tuple[str, ...]) -> app.ForceField:

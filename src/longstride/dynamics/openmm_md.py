@@ -201,20 +201,21 @@ def _frame(context: openmm.Context, masses: np.ndarray, time_ps: float, label: s
         state = context.getState(positions=True, velocities=True, forces=True, energy=True)
     except openmm.OpenMMException as error:
         raise NumericsError(_blow_up(label, time_ps)) from error
-    energy = state.getPotentialEnergy().value_in_unit(unit.kilojoule_per_mole)
-    kinetic = state.getKineticEnergy().value_in_unit(unit.kilojoule_per_mole)
-    if not np.isfinite(energy) or not np.isfinite(kinetic):
-        raise NumericsError(_blow_up(label, time_ps))
+    masses_total = masses.sum()
     positions = _array(state.getPositions(asNumpy=True))
-    positions -= (masses[:, None] * positions).sum(axis=0) / masses.sum()
-    return {
-        "positions": positions.astype(np.float32),
-        "velocities": _array(state.getVelocities(asNumpy=True)).astype(np.float32),
-        "forces": _array(state.getForces(asNumpy=True)).astype(np.float32),
-        "potential_energy": np.float64(energy),
-        "kinetic_energy": np.float64(kinetic),
-        "time": np.float64(time_ps),
-    }
+    positions -= (masses[:, None] * positions).sum(axis=0) / masses_total
+    with np.errstate(over="ignore", invalid="ignore"):  # what does not fit float32 is caught below
+        frame = {
+            "positions": positions.astype(np.float32),
+            "velocities": _array(state.getVelocities(asNumpy=True)).astype(np.float32),
+            "forces": _array(state.getForces(asNumpy=True)).astype(np.float32),
+            "potential_energy": np.float64(state.getPotentialEnergy().value_in_unit(unit.kilojoule_per_mole)),
+            "kinetic_energy": np.float64(state.getKineticEnergy().value_in_unit(unit.kilojoule_per_mole)),
+            "time": np.float64(time_ps),
+        }
+    if not all(np.isfinite(value).all() for value in frame.values()):
+        raise NumericsError(_blow_up(label, time_ps))
+    return frame
 
 
 def _array(quantity: unit.Quantity) -> np.ndarray:
