@@ -18,7 +18,6 @@ from longstride.systems import (
     neighbours,
     prepare_file,
     prepare_sequence,
-    repartition_hydrogen_mass,
     save_prepared,
     set_torsion,
     torsion,
@@ -109,15 +108,6 @@ def test_proline_ring_cannot_be_turned():
     proline = prepare_sequence("ACE-PRO-NME", name="p", **PHYSICS)
     phi = next(atoms for kind, atoms in backbone_torsions(proline.system) if kind == "phi")
     assert np.array_equal(set_torsion(proline.system, proline.positions, phi, 2.0), proline.positions)
-
-
-def test_hydrogen_mass_comes_from_the_bonded_atom(alanine):
-    heavy = repartition_hydrogen_mass(alanine.openmm_system, alanine.system, 3.024)
-    masses = np.array([heavy.getParticleMass(i).value_in_unit(unit.dalton) for i in range(heavy.getNumParticles())])
-    assert masses.sum() == pytest.approx(alanine.system.masses.sum(), abs=1e-9)
-    assert np.allclose(masses[alanine.system.atomic_numbers == 1], 3.024)
-    oxygen = alanine.system.atomic_numbers == 8
-    assert np.array_equal(masses[oxygen], alanine.system.masses[oxygen])  # carries no hydrogen
 
 
 def test_saved_molecule_reads_back_identical(alanine, tmp_path):

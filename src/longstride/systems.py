@@ -297,35 +297,6 @@ def _far_side(bonded: list[list[int]], near: int, start: int) -> set[int]:
     return seen
 
 
-def repartition_hydrogen_mass(openmm_system: openmm.System, system: System, hydrogen_mass: float | None) -> openmm.System:
-    """Return a copy in which each hydrogen weighs `hydrogen_mass` Da, taken from the atom it is bonded to.
-
-    The total mass and every equilibrium average of positions are unchanged (masses do not enter exp(-U/kT)).
-    """
-    result = openmm.XmlSerializer.deserialize(openmm.XmlSerializer.serialize(openmm_system))
-    if hydrogen_mass is None:
-        return result
-    masses = system.masses.copy()
-    for hydrogen, parent in _hydrogen_parents(system):
-        moved = hydrogen_mass - masses[hydrogen]
-        masses[hydrogen] += moved
-        masses[parent] -= moved
-    if masses.min() <= 0:
-        raise LongstrideError(f"hydrogen mass {hydrogen_mass} Da leaves an atom without mass; use 3.024 Da or less")
-    for index, mass in enumerate(masses):
-        result.setParticleMass(index, mass)
-    return result
-
-
-def _hydrogen_parents(system: System) -> list[tuple[int, int]]:
-    pairs = []
-    for first, second in system.bonds:
-        light = [int(atom) for atom in (first, second) if system.atomic_numbers[atom] == 1]
-        if len(light) == 1:
-            pairs.append((light[0], int(second if light[0] == first else first)))
-    return pairs
-
-
 def save_prepared(folder: Path, prepared: Prepared, content: dict[str, Any]) -> None:
     """Write system.json, system.xml, structure.pdb and the manifest."""
     system = prepared.system

@@ -5,9 +5,11 @@ from __future__ import annotations
 import numpy as np
 import openmm
 import pytest
+from openmm import unit
 
 from longstride.data.checkpoint import open_state
 from longstride.dynamics import openmm_md
+from longstride.dynamics.masses import repartitioned_masses
 from longstride.dynamics.openmm_md import MDPlan, run_trajectories
 from longstride.errors import NumericsError
 from longstride.units import thermal_energy
@@ -67,6 +69,15 @@ def test_temperature_and_energy_are_recorded(alanine, tmp_path):
     momentum = (alanine.system.masses[:, None] * frame["positions"][-1]).sum(axis=0)
     assert np.allclose(momentum / alanine.system.masses.sum(), 0, atol=1e-6)
     assert frame["time"][-1] == pytest.approx(10.0)
+
+
+def test_hydrogen_mass_comes_from_the_bonded_atom(alanine):
+    heavy = openmm_md.with_masses(alanine.openmm_system, repartitioned_masses(alanine.system, 3.024))
+    masses = np.array([heavy.getParticleMass(i).value_in_unit(unit.dalton) for i in range(heavy.getNumParticles())])
+    assert masses.sum() == pytest.approx(alanine.system.masses.sum(), abs=1e-9)
+    assert np.allclose(masses[alanine.system.atomic_numbers == 1], 3.024)
+    oxygen = alanine.system.atomic_numbers == 8
+    assert np.array_equal(masses[oxygen], alanine.system.masses[oxygen])  # carries no hydrogen
 
 
 def test_blow_up_is_one_line(alanine, tmp_path):

@@ -78,6 +78,14 @@ class MDResult:
     equilibration_s: float
 
 
+def with_masses(openmm_system: openmm.System, masses: np.ndarray) -> openmm.System:
+    """Return a copy of an OpenMM System with other masses, [atom] Da."""
+    result = openmm.XmlSerializer.deserialize(openmm.XmlSerializer.serialize(openmm_system))
+    for index, mass in enumerate(masses):
+        result.setParticleMass(index, mass)
+    return result
+
+
 def run_trajectories(plan: MDPlan, starts: np.ndarray, *, state: Path, key: str, workers: int, label: str) -> MDResult:
     """Run one trajectory from each start, in parallel processes, continuing what an earlier attempt finished.
 

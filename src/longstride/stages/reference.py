@@ -9,11 +9,12 @@ import openmm
 from longstride.data.checkpoint import fingerprint, open_state
 from longstride.data.frames import write_trajectory
 from longstride.data.manifest import write_manifest
-from longstride.dynamics.openmm_md import MDPlan, run_trajectories
+from longstride.dynamics.masses import repartitioned_masses
+from longstride.dynamics.openmm_md import MDPlan, run_trajectories, with_masses
 from longstride.dynamics.starts import basin_starts
 from longstride.fingerprints import code_version
 from longstride.provenance import provenance
-from longstride.systems import load_prepared, repartition_hydrogen_mass
+from longstride.systems import load_prepared
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -26,7 +27,7 @@ def run(
 ) -> None:
     """Write trajectories and their manifest to `out`; continue from `state` where an earlier attempt stopped."""
     molecule = load_prepared(prepared)
-    system = repartition_hydrogen_mass(molecule.openmm_system, molecule.system, section.hydrogen_mass_Da)
+    system = with_masses(molecule.openmm_system, repartitioned_masses(molecule.system, section.hydrogen_mass_Da))
     plan = MDPlan(
         system_xml=openmm.XmlSerializer.serialize(system),
         temperature_K=physics.temperature_K,

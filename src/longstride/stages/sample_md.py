@@ -11,10 +11,11 @@ from longstride.data.atomic import write_arrays
 from longstride.data.checkpoint import fingerprint, open_state
 from longstride.data.frames import start_positions
 from longstride.data.manifest import read_manifest, write_manifest
-from longstride.dynamics.openmm_md import MDPlan, MDResult, run_trajectories
+from longstride.dynamics.masses import repartitioned_masses
+from longstride.dynamics.openmm_md import MDPlan, MDResult, run_trajectories, with_masses
 from longstride.fingerprints import code_version
 from longstride.provenance import provenance
-from longstride.systems import load_prepared, repartition_hydrogen_mass
+from longstride.systems import load_prepared
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -35,7 +36,7 @@ def run_md(
 ) -> None:
     """Write `samples.safetensors` and its manifest; starts are reference frames from all basins."""
     molecule = load_prepared(prepared)
-    system = repartition_hydrogen_mass(molecule.openmm_system, molecule.system, section.hydrogen_mass_Da)
+    system = with_masses(molecule.openmm_system, repartitioned_masses(molecule.system, section.hydrogen_mass_Da))
     plan = MDPlan(
         system_xml=openmm.XmlSerializer.serialize(system),
         temperature_K=physics.temperature_K,
@@ -48,7 +49,7 @@ def run_md(
         seed=seed,
     )
     source = read_manifest(reference, kind="reference", verify=False)["files"]
-    key = fingerprint(section.model_dump(), physics.model_dump(), molecule.system_hash, source, seed, code_version("sample"))
+    key = fingerprint(section.model_dump(), physics.model_dump(), molecule.system_hash, source, seed, code_version("sample_md"))
     starts = start_positions(reference, count=section.chains, seed=seed)
     result = run_trajectories(plan, starts, state=state, key=key, workers=threads, label="sample md")
     _write(
