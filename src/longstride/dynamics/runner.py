@@ -1,0 +1,256 @@
+"""Run replicas step by step: save frames in blocks, checkpoint, continue bitwise, stop at the first sign of nonsense."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from longstride.dynamics.integrators import MDState
+from longstride.errors import NumericsError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import Generator
+
+    from longstride.data.checkpoint import StateFolder
+    from longstride.progress import Progress
+    from longstride.state import System
+
+FIELDS = ("positions", "velocities", "forces", "potential_energy", "masses", "fast_forces")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Monitor:
+    """Limits that a healthy trajectory never touches.
+
+    Attributes:
+        system: names the offending atom.
+        temperature_K: of the thermostat.
+        max_slow_force: largest |F_slow - F_fast| on one atom, kJ/mol/nm; infinite for single-step runs.
+        advice: how to mend it, the end of the error line.
+    """
+
+    system: System
+    temperature_K: float
+    max_slow_force: float = math.inf
+    advice: str = "use a shorter timestep"
+
+    def check(self, md: MDState, *, time_ps: float) -> None:
+        """Look at one state.
+
+        Raises:
+            NumericsError: one line naming quantity, replica, atom and time.
+        """
+        finite = torch.isfinite(md.potential_energy)
+        if not finite.all():
+            replica = int((~finite).nonzero()[0])
+            raise NumericsError(self._line("the potential energy is not finite (no convergence)", replica, None, time_ps))
+        difference = md.forces if md.fast_forces is None else md.forces - md.fast_forces
+        size = difference.norm(dim=-1) + 0 * md.velocities.norm(dim=-1)  # a NaN in the velocities shows as well
+        bad = ~torch.isfinite(size)
+        if bad.any():
+            replica, atom = (int(index) for index in bad.nonzero()[0])
+            raise NumericsError(self._line("a force or velocity is not finite", replica, atom, time_ps))
+        if md.fast_forces is not None and size.max() > self.max_slow_force:
+            replica, atom = divmod(int(size.argmax()), size.shape[1])
+            found = f"{float(size.max()):.4g} kJ/mol/nm, limit {self.max_slow_force:g}"
+            what = f"reference and fast force differ too much, by {found}"
+            raise NumericsError(self._line(what, replica, atom, time_ps))
+        hottest = int(md.temperature_K.argmax())
+        if md.temperature_K[hottest] > self.max_temperature_K(len(md.masses)):
+            what = f"the temperature is {float(md.temperature_K[hottest]):.0f} K, target {self.temperature_K:g} K"
+            raise NumericsError(self._line(what, hottest, None, time_ps))
+
+    def max_temperature_K(self, n_atoms: int) -> float:
+        """Return the blow-up limit, 12 standard deviations of the kinetic temperature above its mean.
+
+        Equation: T (1 + 12 sqrt(2 / 3N)), since K is a sum of 3N squares.
+        """
+        return self.temperature_K * (1 + 12 * math.sqrt(2 / (3 * n_atoms)))
+
+    def _line(self, what: str, replica: int, atom: int | None, time_ps: float) -> str:
+        where = f"replica {replica}"
+        if atom is not None:
+            label = f"{self.system.residue_names[atom]}{self.system.residue_indices[atom] + 1} {self.system.atom_names[atom]}"
+            where += f", atom {atom} ({label})"
+        return f"dynamics stopped at {time_ps:.4f} ps: {what} ({where}); {self.advice}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunPlan:
+    """How long a trajectory is and what is kept. All counts are (outer) steps; the first `n_discard` are equilibration."""
+
+    dt: float
+    n_discard: int
+    n_steps: int
+    save_every: int
+    checkpoint_every: int
+
+    @property
+    def total(self) -> int:
+        """Steps of the whole run."""
+        return self.n_discard + self.n_steps
+
+    @property
+    def n_frames(self) -> int:
+        """Frames of the whole run."""
+        return self.n_steps // self.save_every
+
+    def time_ps(self, done: int) -> float:
+        """Time after `done` steps; equilibration ends at zero."""
+        return (done - self.n_discard) * self.dt
+
+    def frames_until(self, done: int) -> int:
+        """Frames saved in the first `done` steps."""
+        return max(0, done - self.n_discard) // self.save_every
+
+    def saves(self, done: int) -> bool:
+        """Whether the state after `done` steps is a frame."""
+        return done > self.n_discard and (done - self.n_discard) % self.save_every == 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunResult:
+    """Saved frames and cost.
+
+    Attributes:
+        frames: positions (centre of mass at the origin), velocities [frame, replica, atom, 3] float32;
+            potential_energy, kinetic_energy [frame, replica] float64.
+        final: state after the last step.
+        production_s: wall seconds of the saved part, summed over attempts.
+        discarded_s: wall seconds of equilibration, summed over attempts.
+    """
+
+    frames: dict[str, np.ndarray]
+    final: MDState
+    production_s: float
+    discarded_s: float
+
+
+class _Clock:
+    """Wall seconds of equilibration and production, summed over attempts."""
+
+    def __init__(self, *, production_s: float = 0.0, discarded_s: float = 0.0) -> None:
+        self.production_s, self.discarded_s = production_s, discarded_s
+        self._last = time.perf_counter()
+
+    def book(self, *, discarded: bool) -> None:
+        now = time.perf_counter()
+        if discarded:
+            self.discarded_s += now - self._last
+        else:
+            self.production_s += now - self._last
+        self._last = now
+
+    def meta(self) -> dict[str, float]:
+        return {"production_s": self.production_s, "discarded_s": self.discarded_s}
+
+
+def run_trajectory(
+    begin: Callable[[], MDState],
+    step: Callable[[MDState, Generator], MDState],
+    *,
+    plan: RunPlan,
+    generator: Generator,
+    monitor: Monitor,
+    store: StateFolder,
+    progress: Progress | None = None,
+) -> RunResult:
+    """Run, or continue from the newest checkpoint in `store`, and return every saved frame.
+
+    A checkpoint holds positions, velocities, both forces, the energy and the generator, so that a run that was killed and
+    continued is bitwise the run that was not. When the monitor objects, the last good state is checkpointed and the
+    frames until then are kept in `store`.
+
+    Args:
+        begin: makes the first state; not called when a checkpoint exists.
+        step: advances a state by one (outer) step with the given generator.
+        plan: lengths and intervals.
+        generator: source of noise; its state is overwritten when a checkpoint is loaded.
+        monitor: limits, checked after every step.
+        store: open state folder.
+        progress: told the number of finished steps.
+
+    Raises:
+        NumericsError: from the monitor, with the time of the last good state.
+    """
+    saved = store.latest()
+    clock = _Clock(**(saved.meta if saved else {}))
+    if saved is None:
+        md, done = begin(), 0
+        monitor.check(md, time_ps=-plan.n_discard * plan.dt)
+        clock.book(discarded=True)
+        _save(store, plan, 0, found=(md, []), generator=generator, clock=clock)
+    else:
+        md, done = _restore(saved.arrays, generator), saved.step
+    frames: list[dict[str, np.ndarray]] = []
+    while done < plan.total:
+        noise = generator.get_state()
+        following = step(md, generator)
+        try:
+            monitor.check(following, time_ps=plan.time_ps(done + 1))
+        except NumericsError as error:
+            generator.set_state(noise)
+            _save(store, plan, done, found=(md, frames), generator=generator, clock=clock)
+            good = f"the last good state, {plan.time_ps(done):.4f} ps, is kept in {store.path}"
+            raise NumericsError(f"{error}; {good}") from None
+        md, done = following, done + 1
+        clock.book(discarded=done <= plan.n_discard)
+        if plan.saves(done):
+            frames.append(_frame(md))
+        if done % plan.checkpoint_every == 0 or done == plan.total:
+            _save(store, plan, done, found=(md, frames), generator=generator, clock=clock)
+            frames = []
+        if progress is not None:
+            progress.update(done)
+    return RunResult(frames=_collect(store, plan), final=md, **clock.meta())
+
+
+def _frame(md: MDState) -> dict[str, np.ndarray]:
+    # the centre of mass diffuses; single precision is spent on the shape instead
+    centre = (md.masses[:, None] * md.positions).sum(dim=1, keepdim=True) / md.masses.sum()
+    return {
+        "positions": (md.positions - centre).to(torch.float32).numpy(),
+        "velocities": md.velocities.to(torch.float32).numpy(),
+        "potential_energy": md.potential_energy.numpy(),
+        "kinetic_energy": md.kinetic_energy.numpy(),
+    }
+
+
+def _save(
+    store: StateFolder,
+    plan: RunPlan,
+    done: int,
+    *,
+    found: tuple[MDState, list[dict[str, np.ndarray]]],
+    generator: Generator,
+    clock: _Clock,
+) -> None:
+    """Keep the frames since the last checkpoint as one block, named by its first frame, then checkpoint."""
+    md, frames = found
+    if frames:
+        block = {key: np.stack([frame[key] for frame in frames]) for key in frames[0]}
+        store.save_block(plan.frames_until(done) - len(frames), block)
+    arrays = {key: getattr(md, key).numpy() for key in FIELDS if getattr(md, key) is not None}
+    store.save(done, {**arrays, "generator": generator.get_state().numpy()}, clock.meta())
+
+
+def _restore(arrays: dict[str, np.ndarray], generator: Generator) -> MDState:
+    generator.set_state(torch.from_numpy(arrays["generator"].copy()))
+    return MDState(**{key: torch.from_numpy(arrays[key].copy()) for key in FIELDS if key in arrays})
+
+
+def _collect(store: StateFolder, plan: RunPlan) -> dict[str, np.ndarray]:
+    """Read the blocks back in order. A block left by an attempt that died before its checkpoint was rewritten since."""
+    blocks, first = [], 0
+    while first < plan.n_frames:
+        block = store.read_block(first)
+        blocks.append(block)
+        first += len(block["positions"])
+    return {key: np.concatenate([block[key] for block in blocks]) for key in blocks[0]}
