@@ -1,0 +1,66 @@
+"""The run this workflow works on, what re-runs a job, and what happens around all jobs."""
+
+import os
+
+from snakemake.logging import logger
+
+from longstride import runs
+from longstride.errors import LongstrideError
+
+
+def or_exit(function, *arguments, **keywords):
+    """Call, and end with one line instead of a traceback when the user can mend the cause."""
+    try:
+        return function(*arguments, **keywords)
+    except LongstrideError as error:
+        raise SystemExit(f"longstride: error: {error}") from None
+
+
+RUN = or_exit(runs.open_run, config, in_job=not workflow.is_main_process)
+SESSION = runs.Session(RUN)
+SYSTEMS = [system.name for system in RUN.config.systems]
+
+
+def job_key(stage, **fixed):
+    """Return the parameter that re-runs a job when its part of the configuration or its code changes."""
+    return lambda wildcards: RUN.job_key(stage, **fixed, **dict(wildcards.items()))
+
+
+def folders_of(name):
+    """Return the folders of the files in the input of that name."""
+    return lambda wildcards, input: [os.path.dirname(path) for path in input[name]]
+
+
+# two lines per job that say nothing
+logger.addFilter(
+    lambda record: not str(record.msg).startswith(("Select jobs to", "Execute "))
+)
+
+
+pathvars:
+    run=str(RUN.folder),
+
+
+wildcard_constraints:
+    system="|".join(SYSTEMS),
+    seed=r"\d+",
+
+
+localrules:
+    all,
+    summary,
+
+
+onstart:
+    or_exit(
+        SESSION.start,
+        jobs=sum(not job.rule.norun for job in workflow.dag.needrun_jobs()),
+    )
+
+
+onsuccess:
+    SESSION.finish()
+
+
+onerror:
+    SESSION.fail()

@@ -1,0 +1,65 @@
+rule compare:
+    input:
+        prepared="<run>/prepare/{system}/manifest.json",
+        reference="<run>/reference/{system}/manifest.json",
+        samples=expand(
+            "<run>/sample/{{system}}/{method}/seed{seed}/manifest.json",
+            method=RUN.config.sample.methods,
+            seed=range(RUN.config.sample.seeds),
+        ),
+    output:
+        comparison="<run>/compare/{system}/comparison.json",
+    log:
+        "<run>/logs/compare/{system}.log",
+    benchmark:
+        "<run>/benchmarks/compare/{system}.tsv"
+    conda:
+        "../../envs/longstride.yaml"
+    threads: 8
+    resources:
+        mem_mb=6000,
+        runtime=60,
+    params:
+        config=str(RUN.frozen),
+        key=job_key("compare"),
+        prepared=subpath(input.prepared, parent=True),
+        reference=subpath(input.reference, parent=True),
+        samples=folders_of("samples"),
+        out=subpath(output.comparison, parent=True),
+    message:
+        "compare: free energies, kinetics and speed of {wildcards.system}"
+    shell:
+        "exec longstride compare --config {params.config:q} --system {wildcards.system}"
+        " --prepared {params.prepared:q} --reference {params.reference:q} --samples {params.samples:q}"
+        " --out {params.out:q} --threads {threads} > {log:q} 2>&1"
+
+
+rule summary:
+    input:
+        comparisons=expand("<run>/compare/{system}/comparison.json", system=SYSTEMS),
+    output:
+        table=report(
+            "<run>/summary.csv",
+            caption="../report/summary.rst",
+            category="Comparison",
+            labels={"result": "all methods, one row per system, method and seed"},
+        ),
+    log:
+        "<run>/logs/summary.log",
+    benchmark:
+        "<run>/benchmarks/summary.tsv"
+    conda:
+        "../../envs/longstride.yaml"
+    threads: 1
+    resources:
+        mem_mb=1000,
+        runtime=5,
+    params:
+        config=str(RUN.frozen),
+        key=job_key("summary"),
+        comparisons=folders_of("comparisons"),
+    message:
+        "summary: one table of all systems and methods"
+    shell:
+        "exec longstride summary --config {params.config:q} --compare {params.comparisons:q}"
+        " --out {output.table:q} > {log:q} 2>&1"
