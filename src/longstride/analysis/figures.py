@@ -1,0 +1,246 @@
+"""Figures as SVG: colour-blind-safe, equal scales, identical bytes for identical data.
+
+Colours are those of Okabe and Ito (doi:10.1038/nmeth.1618); every method also has its own line style and marker.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import textwrap
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+
+from longstride.data.atomic import atomic_path
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+    from pathlib import Path
+
+    from matplotlib.axes import Axes
+
+COLOURS = {
+    "reference": "#000000", "md": "#0072B2", "timewarp": "#D55E00", "explore": "#CC79A7", "mts": "#009E73", "sts": "#E69F00",
+}  # fmt: skip
+DASHES = {"reference": "-", "md": "--", "timewarp": "-", "explore": ":", "mts": "-", "sts": "--"}
+MARKERS = {"reference": "s", "md": "o", "timewarp": "D", "explore": "v", "mts": "^", "sts": "P"}
+OTHER = "#56B4E9"
+MISSING = "#e6e6e6"
+STYLE: dict[str, Any] = {
+    "svg.hashsalt": "longstride",
+    "svg.fonttype": "none",
+    "font.size": 11.0,
+    "font.family": "sans-serif",
+    "font.sans-serif": ["DejaVu Sans", "Helvetica", "Arial"],
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlesize": 11.0,
+    "axes.labelsize": 11.0,
+    "axes.axisbelow": True,
+    "legend.frameon": False,
+    "legend.fontsize": 10.0,
+    "image.composite_image": False,
+    "figure.facecolor": "white",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Series:
+    """A line with an optional band.
+
+    Attributes:
+        method: decides colour, dash and marker.
+        label: legend text.
+        x: [point] abscissa.
+        y: [point] ordinate, NaN where undefined.
+        low: [point] lower edge of the band, or None.
+        high: [point] upper edge of the band, or None.
+    """
+
+    method: str
+    label: str
+    x: np.ndarray
+    y: np.ndarray
+    low: np.ndarray | None = None
+    high: np.ndarray | None = None
+
+
+@contextlib.contextmanager
+def _figure(path: Path, width: float, height: float) -> Iterator[Figure]:
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(width, height), layout="constrained")
+        FigureCanvasSVG(figure)
+        yield figure
+        with atomic_path(path) as temporary:
+            figure.savefig(temporary, format="svg", metadata={"Date": None, "Creator": None}, dpi=150)
+
+
+def _line(axes: Axes, series: Series, **options: Any) -> None:  # noqa: ANN401 - matplotlib's own options
+    colour = COLOURS.get(series.method, OTHER)
+    dash = DASHES.get(series.method, "-")
+    axes.plot(series.x, series.y, dash, color=colour, label=series.label, lw=1.8, **options)
+    if series.low is not None and series.high is not None:
+        axes.fill_between(series.x, series.low, series.high, color=colour, alpha=0.18, lw=0)
+
+
+def ramachandran(path: Path, maps: Sequence[tuple[str, np.ndarray]], *, limit: float, torsions: tuple[str, str]) -> None:
+    """Draw free-energy maps over (phi, psi) side by side on one colour scale.
+
+    Args:
+        path: the SVG file.
+        maps: (title, [phi bin, psi bin] free energy in kT, NaN where unsampled).
+        limit: top of the colour scale in kT; higher values are drawn in its last colour.
+        torsions: names of phi and psi.
+    """
+    columns = min(3, max(len(maps), 1))
+    rows = -(-len(maps) // columns)
+    with _figure(path, 3.0 * columns + 0.9, 3.05 * rows + 0.2) as figure:
+        grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
+        colours = mpl.colormaps["viridis"].with_extremes(bad=MISSING)
+        image = None
+        for axes, (title, values) in zip(grid.flat, maps, strict=False):
+            image = axes.imshow(
+                np.ma.masked_invalid(values.T), origin="lower", extent=(-180, 180, -180, 180), cmap=colours, vmin=0, vmax=limit,
+                interpolation="nearest", aspect="equal",
+            )  # fmt: skip
+            axes.set_title(title)
+            axes.axvline(0, color="#888888", lw=0.7, ls=":")
+            axes.set_xticks([-180, -90, 0, 90, 180])
+            axes.set_yticks([-180, -90, 0, 90, 180])
+        for axes in grid.flat[len(maps) :]:
+            axes.set_visible(False)
+        for axes in grid[:, 0]:
+            axes.set_ylabel(f"{torsions[1]} (degrees)")
+        for column in range(columns):
+            lowest = [row for row in range(rows) if row * columns + column < len(maps)][-1]
+            grid[lowest, column].set_xlabel(f"{torsions[0]} (degrees)")
+            grid[lowest, column].tick_params(labelbottom=True)
+        figure.colorbar(image, ax=grid, label="free energy (kT); grey: never visited", extend="max", shrink=0.9, pad=0.02)
+
+
+def phi_profile(path: Path, series: Sequence[Series], *, limit: float, name: str) -> None:
+    """Draw F(phi) in kT with 95 % bands, x in degrees."""
+    with _figure(path, 7.2, 4.2) as figure:
+        axes = figure.subplots()
+        for one in series:
+            _line(axes, one)
+        axes.axvline(0, color="#888888", lw=0.8, ls=":")
+        axes.set(xlim=(-180, 180), ylim=(-0.3, limit + 3), xlabel=f"{name} (degrees)", ylabel="free energy (kT)")
+        axes.set_xticks(range(-180, 181, 60))
+        axes.grid(color="#dddddd", lw=0.6)
+        axes.legend(ncols=2, loc="upper right")
+
+
+def timescales(path: Path, deeptime: Sequence[Series], pyemma: Sequence[Series], *, lags_ps: np.ndarray) -> None:
+    """Draw implied timescales in ps against the lag: deeptime as lines with bands, PyEMMA as open circles."""
+    with _figure(path, 7.2, 4.4) as figure:
+        axes = figure.subplots()
+        styles = ("-", "--", ":")
+        shades = ("#0072B2", "#D55E00", "#009E73")
+        for k, one in enumerate(deeptime):
+            axes.plot(one.x, one.y, styles[k % 3], color=shades[k % 3], marker=".", ms=8, lw=1.8, label=one.label)
+            if one.low is not None and one.high is not None:
+                axes.fill_between(one.x, one.low, one.high, color=shades[k % 3], alpha=0.18, lw=0)
+        for k, one in enumerate(pyemma):
+            label = one.label if k == 0 else None
+            axes.plot(one.x, one.y, "o", mfc="none", mec="#000000", ms=9, mew=1.2, ls="", label=label)
+        edge = np.array([lags_ps.min() * 0.8, lags_ps.max() * 1.25])
+        axes.fill_between(edge, edge * 1e-6, edge, color="#bbbbbb", alpha=0.5, lw=0, label="shorter than the lag")
+        shown = np.concatenate([one.y[np.isfinite(one.y)] for one in deeptime] or [np.array([])])
+        top = max(shown.max() * 4, edge[1] * 3) if shown.size else edge[1] * 10
+        axes.set(xscale="log", yscale="log", xlim=tuple(edge), ylim=(edge[0] * 0.5, top))
+        axes.set(xlabel="lag time (ps)", ylabel="implied timescale (ps)")
+        axes.set_xticks(lags_ps, [f"{lag:g}" for lag in lags_ps])
+        axes.minorticks_off()
+        axes.grid(color="#dddddd", lw=0.6)
+        axes.legend(loc="upper left", ncols=2)
+
+
+def autocorrelation(path: Path, panels: Sequence[tuple[str, Sequence[Series]]], *, observable: str) -> None:
+    """Draw the autocorrelation of one observable against potential evaluations per chain, one panel per target."""
+    with _figure(path, 4.4 * max(len(panels), 1) + 0.6, 3.8) as figure:
+        grid = figure.subplots(1, max(len(panels), 1), squeeze=False, sharey=True)
+        for axes, (title, series) in zip(grid.flat, panels, strict=True):
+            for one in series:
+                _line(axes, one)
+            axes.axhline(0, color="#888888", lw=0.8)
+            axes.set(xscale="log", ylim=(-0.25, 1.05), xlabel="energy + force evaluations per chain")
+            axes.set_title(title)
+            axes.grid(color="#dddddd", lw=0.6)
+            if series:
+                axes.legend(loc="upper right")
+            else:
+                axes.text(0.5, 0.5, "undefined for every method", transform=axes.transAxes, ha="center")
+        grid[0, 0].set_ylabel(f"autocorrelation of {observable}")
+
+
+def energies(path: Path, panels: Sequence[tuple[str, Sequence[tuple[str, str, np.ndarray]]]]) -> None:
+    """Draw histograms of the target potential energy, one panel per target.
+
+    Args:
+        path: the SVG file.
+        panels: (title, [(method, label, energies in kJ/mol)]).
+    """
+    with _figure(path, 4.6 * max(len(panels), 1), 3.8) as figure:
+        grid = figure.subplots(1, max(len(panels), 1), squeeze=False)
+        for axes, (title, sets) in zip(grid.flat, panels, strict=True):
+            low = min(np.percentile(values, 0.1) for _, _, values in sets)
+            high = max(np.percentile(values, 99.5) for _, _, values in sets)
+            edges = np.linspace(low, high, 61)
+            centres = (edges[1:] + edges[:-1]) / 2
+            for method, label, values in sets:
+                density = np.histogram(values, edges)[0] / values.size / (edges[1] - edges[0])
+                _line(axes, Series(method=method, label=label, x=centres, y=density))
+            axes.set(xlabel="potential energy (kJ/mol)", ylabel="probability density (mol/kJ)", ylim=(0, None))
+            axes.set_title(title)
+            axes.ticklabel_format(axis="x", useOffset=False)
+            axes.locator_params(axis="x", nbins=5)
+            axes.grid(color="#dddddd", lw=0.6)
+            axes.legend(loc="upper right")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bar:
+    """One row of the efficiency figure.
+
+    Attributes:
+        method: decides colour and marker.
+        label: text at the axis.
+        value: ESS per second, or None.
+        low: lower end of the interval, or None.
+        high: upper end of the interval, or None.
+        note: shown where there is no value.
+    """
+
+    method: str
+    label: str
+    value: float | None
+    low: float | None
+    high: float | None
+    note: str
+
+
+def rates(path: Path, bars: Sequence[Bar]) -> None:
+    """Draw ESS per second with 95 % intervals on a log scale, one row per method and seed, best visible on paper too."""
+    with _figure(path, 7.2, 1.1 + 0.42 * max(len(bars), 1)) as figure:
+        axes = figure.subplots()
+        known = [end for bar in bars for end in (bar.value, bar.low, bar.high) if end is not None and end > 0]
+        low, high = (min(known) / 3, max(known) * 3) if known else (0.1, 10.0)
+        for row, bar in enumerate(bars):
+            colour = COLOURS.get(bar.method, OTHER)
+            if bar.value is None or bar.value <= 0:
+                text = "\n".join(textwrap.wrap(bar.note or "undefined", 64))
+                axes.text(low * 1.1, row, text, va="center", ha="left", color="#555555", fontsize=9, style="italic")
+                continue
+            axes.barh(row, bar.value - low, left=low, height=0.6, color=colour, alpha=0.45, lw=0)
+            if bar.low is not None and bar.high is not None:
+                axes.plot([bar.low, bar.high], [row, row], "|-", color="#000000", lw=1.6, ms=9)
+            axes.plot([bar.value], [row], MARKERS.get(bar.method, "o"), color=colour, mec="#000000", ms=7)
+        axes.set_yticks(range(len(bars)), [bar.label for bar in bars])
+        axes.set(xscale="log", xlim=(low, high), ylim=(len(bars) - 0.4, -0.6))
+        axes.set_xlabel("smallest effective sample size per second of sampling (log scale)")
+        axes.grid(axis="x", color="#dddddd", lw=0.6)

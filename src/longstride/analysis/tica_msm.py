@@ -1,0 +1,247 @@
+"""TICA, k-means and Markov state models with deeptime; implied timescales with errors.
+
+Kinetics are computed only from methods whose saves are equally spaced in physical time; a Markov chain Monte Carlo
+trajectory has no time.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+
+import numpy as np
+from deeptime.clustering import KMeans, KMeansModel
+from deeptime.decomposition import TICA
+from deeptime.markov.tools.analysis import stationary_distribution
+from deeptime.markov.tools.estimation import transition_matrix
+from scipy.sparse.csgraph import connected_components
+
+from longstride.analysis.bootstrap import multiplicities
+
+KMEANS_FRAMES = 50_000
+CLUSTER_TICS = 4
+SEGMENTS = 40
+
+
+@dataclass(frozen=True, kw_only=True)
+class TICAModel:
+    """A fitted TICA projection.
+
+    Attributes:
+        mean: [feature] mean removed before projecting.
+        axes: [feature, component]; the component with the slowest decay first. Signs are fixed: the largest entry of
+            every axis is positive.
+        timescales: [component] -lag / ln|eigenvalue| in frames.
+        lag: lag time in frames.
+    """
+
+    mean: np.ndarray
+    axes: np.ndarray
+    timescales: np.ndarray
+    lag: int
+
+    def project(self, features: np.ndarray) -> np.ndarray:
+        """Return (features - mean) @ axes for features [..., feature], as [..., component]."""
+        return (features - self.mean) @ self.axes
+
+
+def fit_tica(series: list[np.ndarray], *, lag: int) -> TICAModel | None:
+    """Fit TICA (reversible, unit variance per component) to trajectories [time, feature]; None where it cannot be.
+
+    Equation: C(tau) a = lambda C(0) a with both covariances symmetrised in time (doi:10.1063/1.4811489). None when no
+    trajectory is longer than twice the lag or no feature moves.
+    """
+    usable = [np.asarray(part, dtype=np.float64) for part in series if len(part) > 2 * lag]
+    if not usable or not usable[0].shape[1] or max(np.ptp(part, axis=0).max() for part in usable) < 1e-9:
+        return None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = TICA(lagtime=lag, dim=None, scaling=None).fit_from_timeseries(usable).fetch_model()
+    axes = np.asarray(model.singular_vectors_left, dtype=np.float64)
+    largest = axes[np.abs(axes).argmax(axis=0), np.arange(axes.shape[1])]
+    axes = axes * np.where(largest < 0, -1.0, 1.0)
+    values = np.clip(np.abs(np.asarray(model.singular_values)), 1e-12, 1 - 1e-12)
+    return TICAModel(mean=np.asarray(model.mean_0), axes=axes, timescales=-lag / np.log(values), lag=lag)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Clusters:
+    """k-means states in feature space.
+
+    Attributes:
+        model: the fitted centres.
+        tica: projection applied before clustering, or None for the features themselves.
+    """
+
+    model: KMeansModel
+    tica: TICAModel | None
+
+    @property
+    def n_states(self) -> int:
+        """Number of states."""
+        return len(self.model.cluster_centers)
+
+    def assign(self, features: np.ndarray) -> np.ndarray:
+        """Return the nearest state of features [time, feature], [time] int."""
+        return np.asarray(self.model.transform(self._space(features), n_jobs=1), dtype=np.int64)
+
+    def _space(self, features: np.ndarray) -> np.ndarray:
+        if self.tica is None:
+            return np.ascontiguousarray(features, dtype=np.float64)
+        projected = self.tica.project(features)[:, :CLUSTER_TICS]
+        weights = np.exp(-self.tica.lag / self.tica.timescales[:CLUSTER_TICS])  # kinetic map (doi:10.1021/acs.jctc.5b00553)
+        return np.ascontiguousarray(projected * weights)
+
+
+def cluster(series: list[np.ndarray], *, states: int, tica: TICAModel | None, seed: int) -> Clusters:
+    """Cluster trajectories [time, feature] into `states` k-means states with a fixed seed (deterministic).
+
+    Up to four features (two torsions) are clustered as they are; more are first projected on the slowest TICA components.
+    """
+    space = tica if series[0].shape[1] > 4 else None
+    probe = Clusters(model=None, tica=space)  # type: ignore[arg-type] - only its projection is used
+    points = np.concatenate([probe._space(part) for part in series])
+    points = points[:: max(1, len(points) // KMEANS_FRAMES)]
+    states = min(states, len(np.unique(points, axis=0)))
+    estimator = KMeans(
+        states, init_strategy="kmeans++", fixed_seed=seed % 2**31, max_iter=200, tolerance=1e-6, n_jobs=1, progress=None
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return Clusters(model=estimator.fit(points).fetch_model(), tica=space)
+
+
+def segment_of_frames(lengths: list[int], *, minimum: int = SEGMENTS) -> list[np.ndarray]:
+    """Return the bootstrap segment of every frame, one [time] int array per trajectory.
+
+    Trajectories are cut into equal segments, at least `minimum` in all. Given its starting state a transition does
+    not remember the past (that is what an MSM assumes), so segments of one trajectory may be resampled separately.
+    """
+    per_trajectory = max(1, -(-minimum // max(len(lengths), 1)))
+    labels, offset = [], 0
+    for length in lengths:
+        pieces = max(1, min(per_trajectory, length))
+        labels.append(offset + np.arange(length) * pieces // max(length, 1))
+        offset += pieces
+    return labels
+
+
+def segment_counts(paths: list[np.ndarray], segments: list[np.ndarray], *, states: int, lag: int) -> np.ndarray:
+    """Return sliding-window transition counts per segment, [segment, state, state] float64.
+
+    Equation: C_ij = number of t with s_t = i and s_{t+lag} = j; a transition belongs to the segment of its start.
+    """
+    n_segments = max(int(part.max()) for part in segments if len(part)) + 1
+    total = np.zeros(n_segments * states * states)
+    for path, segment in zip(paths, segments, strict=True):
+        if len(path) > lag:
+            index = (segment[:-lag] * states + path[:-lag]) * states + path[lag:]
+            total += np.bincount(index, minlength=len(total))
+    return total.reshape(n_segments, states, states)
+
+
+def connected_states(counts: np.ndarray) -> np.ndarray:
+    """Return the states of the strongly connected set that holds the most counts, ascending ints."""
+    n_sets, label = connected_components(counts > 0, directed=True, connection="strong")
+    weight = np.array([counts[np.ix_(label == k, label == k)].sum() for k in range(n_sets)])
+    return np.nonzero(label == int(weight.argmax()))[0]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MarkovModel:
+    """A reversible maximum-likelihood Markov state model on the connected set.
+
+    Attributes:
+        states: the connected states, as numbered before.
+        matrix: [state, state] transition probabilities among them.
+        stationary: [state] stationary distribution.
+    """
+
+    states: np.ndarray
+    matrix: np.ndarray
+    stationary: np.ndarray
+
+    def timescales(self, *, lag: int, count: int) -> np.ndarray:
+        """Return the `count` slowest implied timescales -lag / ln(lambda_i) in frames; NaN for lambda <= 0 or missing."""
+        root = np.sqrt(self.stationary)
+        symmetric = root[:, None] * self.matrix / root[None, :]
+        values = np.linalg.eigvalsh((symmetric + symmetric.T) / 2)[::-1][1 : count + 1]
+        with np.errstate(divide="ignore", invalid="ignore"):
+            found = np.where((values > 0) & (values < 1 - 1e-13), -lag / np.log(np.maximum(values, 1e-300)), np.nan)
+        return np.pad(found, (0, count - len(found)), constant_values=np.nan)
+
+
+def fit_msm(counts: np.ndarray) -> MarkovModel | None:
+    """Fit a reversible maximum-likelihood MSM to counts [state, state]; None with fewer than two connected states.
+
+    Equation: the T that maximises prod T_ij^C_ij under pi_i T_ij = pi_j T_ji (doi:10.1063/1.3565032), by deeptime.
+    """
+    states = connected_states(counts)
+    if len(states) < 2:
+        return None
+    inside = np.ascontiguousarray(counts[np.ix_(states, states)])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        matrix = np.asarray(transition_matrix(inside, reversible=True, maxiter=100_000, maxerr=1e-8))
+        stationary = np.asarray(stationary_distribution(matrix))
+    return MarkovModel(states=states, matrix=matrix, stationary=stationary)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImpliedTimescales:
+    """Implied timescales at one lag.
+
+    Attributes:
+        lag: lag time in frames.
+        values: [timescale] in frames, slowest first; NaN where undefined.
+        low: 2.5 % bootstrap percentiles.
+        high: 97.5 % bootstrap percentiles.
+        connected_fraction: fraction of all frames in the connected set.
+        note: why values are undefined; empty otherwise.
+    """
+
+    lag: int
+    values: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+    connected_fraction: float
+    note: str = ""
+
+
+def implied_timescales(
+    paths: list[np.ndarray], *, states: int, lag: int, count: int, replicates: int, seed: int
+) -> ImpliedTimescales:
+    """Return implied timescales of discrete trajectories at one lag, with segment-bootstrap intervals.
+
+    Args:
+        paths: discrete trajectories [time] int.
+        states: number of states they are numbered in.
+        lag: lag time in frames.
+        count: number of timescales.
+        replicates: bootstrap replicates.
+        seed: of the bootstrap.
+    """
+    empty = np.full(count, np.nan)
+    longest = max((len(path) for path in paths), default=0)
+    if longest < 3 * lag:
+        note = f"undefined: trajectories of {longest} frames are shorter than three lags of {lag}"
+        return ImpliedTimescales(lag=lag, values=empty, low=empty, high=empty, connected_fraction=0.0, note=note)
+    segments = segment_of_frames([len(path) for path in paths])
+    counts = segment_counts(paths, segments, states=states, lag=lag)
+    model = fit_msm(counts.sum(axis=0))
+    if model is None:
+        note = "undefined: no two states are connected in both directions"
+        return ImpliedTimescales(lag=lag, values=empty, low=empty, high=empty, connected_fraction=0.0, note=note)
+    drawn = multiplicities(len(counts), replicates, np.random.default_rng(seed))
+    samples = np.full((replicates, count), np.nan)
+    for row, weight in enumerate(drawn):
+        replica = fit_msm(np.tensordot(weight, counts, axes=1))
+        if replica is not None:
+            samples[row] = replica.timescales(lag=lag, count=count)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a column of NaN has a NaN percentile
+        low, high = np.nanpercentile(samples, [2.5, 97.5], axis=0)
+    occupied = np.bincount(np.concatenate(paths), minlength=states)
+    fraction = float(occupied[model.states].sum() / occupied.sum())
+    values = model.timescales(lag=lag, count=count)
+    return ImpliedTimescales(lag=lag, values=values, low=low, high=high, connected_fraction=fraction)
