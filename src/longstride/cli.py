@@ -6,6 +6,7 @@ import argparse
 import errno
 import os
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -187,6 +188,24 @@ def _state(options: argparse.Namespace) -> Path:
     return options.state or options.out / ".state"
 
 
+def _folders_of(options: argparse.Namespace, *inputs: str) -> dict[str, Path]:
+    """Return the folders a stage function takes: its inputs by name, `out` and `state`."""
+    return {**{name: getattr(options, name) for name in inputs}, "out": options.out, "state": _state(options)}
+
+
+def _once(
+    options: argparse.Namespace, *, module: str, view: dict[str, Any], inputs: list[Path], make: Callable[[], None]
+) -> None:
+    """Run `make` unless the same work is already complete in `options.out`."""
+    from longstride.data.checkpoint import fingerprint
+    from longstride.data.manifest import identity
+    from longstride.data.once import run_once
+    from longstride.fingerprints import code_version
+
+    key = fingerprint(module, view, [identity(folder) for folder in inputs], code_version(module))
+    run_once(make, out=options.out, state=_state(options), key=key)
+
+
 def _seed(config: cfg.Config, *identity: str | int) -> int:
     return job_seed(config.run.seed, *identity)
 
@@ -209,15 +228,11 @@ def _reference(options: argparse.Namespace) -> None:
     from longstride.stages import reference
 
     config = _load(options, "reference")
-    reference.run(
-        config.reference,
-        physics=config.physics,
-        prepared=options.prepared,
-        out=options.out,
-        state=_state(options),
-        seed=_seed(config, "reference", _system_name(options, config)),
-        threads=options.threads,
-    )
+    name = _system_name(options, config)
+    job = {**_folders_of(options, "prepared"), "seed": _seed(config, "reference", name), "threads": options.threads}
+    make = partial(reference.run, config.reference, physics=config.physics, **job)
+    view = cfg.stage_view(config, "reference", system=name)
+    _once(options, module="reference", view=view, inputs=[options.prepared], make=make)
 
 
 def _shard(options: argparse.Namespace) -> None:
@@ -230,33 +245,26 @@ def _train_flow(options: argparse.Namespace) -> None:
     from longstride.stages import flow
 
     config = _load(options, "flow")
-    flow.run(
-        config.flow,
-        prepared=options.prepared,
-        shards=options.shards,
-        out=options.out,
-        state=_state(options),
-        seed=_seed(config, "flow", _system_name(options, config)),
-        threads=options.threads,
-    )
+    name = _system_name(options, config)
+    job = {**_folders_of(options, "prepared", "shards"), "seed": _seed(config, "flow", name), "threads": options.threads}
+    make = partial(flow.run, config.flow, **job)
+    view = cfg.stage_view(config, "flow", system=name)
+    _once(options, module="flow", view=view, inputs=[options.prepared, options.shards], make=make)
 
 
 def _distill(options: argparse.Namespace) -> None:
     from longstride.stages import distill
 
     config = _load(options, "distill")
-    distill.run(
-        config.distill,
-        prepared=options.prepared,
-        reference=options.reference,
-        out=options.out,
-        state=_state(options),
-        seed=_seed(config, "distill", _system_name(options, config)),
-        threads=options.threads,
-    )
+    name = _system_name(options, config)
+    job = {**_folders_of(options, "prepared", "reference"), "seed": _seed(config, "distill", name), "threads": options.threads}
+    make = partial(distill.run, config.distill, **job)
+    view = cfg.stage_view(config, "distill", system=name)
+    _once(options, module="distill", view=view, inputs=[options.prepared, options.reference], make=make)
 
 
 def _sample(options: argparse.Namespace) -> None:
+    from longstride.runs import MODULES
     from longstride.stages import sample
 
     for item in options.set:
@@ -265,17 +273,16 @@ def _sample(options: argparse.Namespace) -> None:
             raise ConfigError(f"--set takes KEY=VALUE, not {item!r}")
         setattr(options, f"set_{key}", text)
     config = _load(options, f"sample.{options.method}")
-    sample.run(
-        options.method,
-        config,
-        inputs=sample.SampleInputs(
-            prepared=options.prepared, reference=options.reference, flow=options.flow, distill=options.distill
-        ),
-        out=options.out,
-        state=_state(options),
-        seed=_seed(config, "sample", _system_name(options, config), options.method, options.seed),
-        threads=options.threads,
+    name = _system_name(options, config)
+    seed = _seed(config, "sample", name, options.method, options.seed)
+    inputs = sample.SampleInputs(
+        prepared=options.prepared, reference=options.reference, flow=options.flow, distill=options.distill
     )
+    job = {"inputs": inputs, "out": options.out, "state": _state(options), "seed": seed, "threads": options.threads}
+    view = {**cfg.stage_view(config, "sample", system=name, method=options.method), "job_seed": seed}
+    folders = [folder for folder in (options.prepared, options.reference, options.flow, options.distill) if folder]
+    make = partial(sample.run, options.method, config, **job)
+    _once(options, module=MODULES[options.method], view=view, inputs=folders, make=make)
 
 
 def _compare(options: argparse.Namespace) -> None:

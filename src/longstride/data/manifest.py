@@ -50,6 +50,21 @@ def read_manifest(folder: Path, *, kind: str, verify: bool = True) -> dict[str, 
     return manifest
 
 
+def identity(folder: Path) -> dict[str, str]:
+    """Return the checksums a folder's manifest records, as the identity of a job's input; {} without a manifest.
+
+    A stage reads its inputs with `read_manifest`, which refuses what is missing or altered; this only tells
+    inputs apart.
+    """
+    path = folder / MANIFEST
+    if not path.is_file():
+        return {}
+    try:
+        return {name: entry["sha256"] for name, entry in json.loads(path.read_text())["files"].items()}
+    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{path} is not a manifest ({error}); delete it and run the stage again") from error
+
+
 def _check_file(path: Path, entry: dict[str, Any], *, verify: bool) -> None:
     mend = f"delete {path.parent / MANIFEST} and run the stage that writes it again"
     if not path.is_file():
