@@ -65,7 +65,7 @@ def _free_energies(
         suffix = "" if number == 0 else f"_{number + 1}"
         limit = section.max_free_energy_kT
         figures.ramachandran(out / f"ramachandran{suffix}.svg", square, limit=limit + 3, torsions=(phi, psi))
-        series = [_profile_series(*line, section.bins) for line in lines if line[2] is not None]
+        series = [_profile_series(method, label, one, section.bins) for method, label, one in lines if one is not None]
         figures.phi_profile(out / f"phi_profile{suffix}.svg", series, limit=limit + 2, name=phi)
         made += _describe_maps(suffix, target, [title for title, _ in square], (phi, psi))
     return made

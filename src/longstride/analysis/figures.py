@@ -71,7 +71,7 @@ class Series:
 
 @contextlib.contextmanager
 def _figure(path: Path, width: float, height: float) -> Iterator[Figure]:
-    with mpl.rc_context(STYLE):
+    with mpl.rc_context(STYLE):  # type: ignore[arg-type]
         figure = Figure(figsize=(width, height), layout="constrained")
         FigureCanvasSVG(figure)
         yield figure
@@ -87,6 +87,12 @@ def _line(axes: Axes, series: Series, **options: Any) -> None:  # noqa: ANN401 -
         axes.fill_between(series.x, series.low, series.high, color=colour, alpha=0.18, lw=0)
 
 
+def _legend_above(axes: Axes, entries: int) -> None:
+    title = axes.get_title()
+    axes.set_title("")
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=min(entries, 2), title=title, title_fontsize=11.0)
+
+
 def ramachandran(path: Path, maps: Sequence[tuple[str, np.ndarray]], *, limit: float, torsions: tuple[str, str]) -> None:
     """Draw free-energy maps over (phi, psi) side by side on one colour scale.
 
@@ -100,11 +106,11 @@ def ramachandran(path: Path, maps: Sequence[tuple[str, np.ndarray]], *, limit: f
     rows = -(-len(maps) // columns)
     with _figure(path, 3.0 * columns + 0.9, 3.05 * rows + 0.2) as figure:
         grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
+        norm = mpl.colors.Normalize(0, limit)
         colours = mpl.colormaps["viridis"].with_extremes(bad=MISSING)
-        image = None
         for axes, (title, values) in zip(grid.flat, maps, strict=False):
-            image = axes.imshow(
-                np.ma.masked_invalid(values.T), origin="lower", extent=(-180, 180, -180, 180), cmap=colours, vmin=0, vmax=limit,
+            axes.imshow(
+                np.ma.masked_invalid(values.T), origin="lower", extent=(-180, 180, -180, 180), cmap=colours, norm=norm,
                 interpolation="nearest", aspect="equal",
             )  # fmt: skip
             axes.set_title(title)
@@ -119,7 +125,8 @@ def ramachandran(path: Path, maps: Sequence[tuple[str, np.ndarray]], *, limit: f
             lowest = [row for row in range(rows) if row * columns + column < len(maps)][-1]
             grid[lowest, column].set_xlabel(f"{torsions[0]} (degrees)")
             grid[lowest, column].tick_params(labelbottom=True)
-        figure.colorbar(image, ax=grid, label="free energy (kT); grey: never visited", extend="max", shrink=0.9, pad=0.02)
+        scale = mpl.cm.ScalarMappable(norm, colours)
+        figure.colorbar(scale, ax=grid, label="free energy (kT); grey: never visited", extend="max", shrink=0.9, pad=0.02)
 
 
 def phi_profile(path: Path, series: Sequence[Series], *, limit: float, name: str) -> None:
@@ -132,7 +139,7 @@ def phi_profile(path: Path, series: Sequence[Series], *, limit: float, name: str
         axes.set(xlim=(-180, 180), ylim=(-0.3, limit + 3), xlabel=f"{name} (degrees)", ylabel="free energy (kT)")
         axes.set_xticks(range(-180, 181, 60))
         axes.grid(color="#dddddd", lw=0.6)
-        axes.legend(ncols=2, loc="upper right")
+        figure.legend(ncols=2, loc="outside upper center")
 
 
 def timescales(path: Path, deeptime: Sequence[Series], pyemma: Sequence[Series], *, lags_ps: np.ndarray) -> None:
@@ -157,7 +164,7 @@ def timescales(path: Path, deeptime: Sequence[Series], pyemma: Sequence[Series],
         axes.set_xticks(lags_ps, [f"{lag:g}" for lag in lags_ps])
         axes.minorticks_off()
         axes.grid(color="#dddddd", lw=0.6)
-        axes.legend(loc="upper left", ncols=2)
+        figure.legend(loc="outside upper center", ncols=3)
 
 
 def autocorrelation(path: Path, panels: Sequence[tuple[str, Sequence[Series]]], *, observable: str) -> None:
@@ -172,7 +179,7 @@ def autocorrelation(path: Path, panels: Sequence[tuple[str, Sequence[Series]]], 
             axes.set_title(title)
             axes.grid(color="#dddddd", lw=0.6)
             if series:
-                axes.legend(loc="upper right")
+                _legend_above(axes, len(series))
             else:
                 axes.text(0.5, 0.5, "undefined for every method", transform=axes.transAxes, ha="center")
         grid[0, 0].set_ylabel(f"autocorrelation of {observable}")
@@ -190,7 +197,8 @@ def energies(path: Path, panels: Sequence[tuple[str, Sequence[tuple[str, str, np
         for axes, (title, sets) in zip(grid.flat, panels, strict=True):
             low = min(np.percentile(values, 0.1) for _, _, values in sets)
             high = max(np.percentile(values, 99.5) for _, _, values in sets)
-            edges = np.linspace(low, high, 61)
+            fewest = min(values.size for _, _, values in sets)
+            edges = np.linspace(low, high, int(np.clip(np.sqrt(fewest), 20, 60)) + 1)
             centres = (edges[1:] + edges[:-1]) / 2
             for method, label, values in sets:
                 density = np.histogram(values, edges)[0] / values.size / (edges[1] - edges[0])
@@ -200,7 +208,7 @@ def energies(path: Path, panels: Sequence[tuple[str, Sequence[tuple[str, str, np
             axes.ticklabel_format(axis="x", useOffset=False)
             axes.locator_params(axis="x", nbins=5)
             axes.grid(color="#dddddd", lw=0.6)
-            axes.legend(loc="upper right")
+            _legend_above(axes, len(sets))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -244,3 +252,24 @@ def rates(path: Path, bars: Sequence[Bar]) -> None:
         axes.set(xscale="log", xlim=(low, high), ylim=(len(bars) - 0.4, -0.6))
         axes.set_xlabel("smallest effective sample size per second of sampling (log scale)")
         axes.grid(axis="x", color="#dddddd", lw=0.6)
+
+
+def training(path: Path, columns: Sequence[tuple[str, np.ndarray, np.ndarray]]) -> None:
+    """Draw one small panel per training metric.
+
+    Args:
+        path: the SVG file.
+        columns: (name, [point] optimiser step, [point] value).
+    """
+    across = min(3, max(len(columns), 1))
+    down = -(-len(columns) // across)
+    with _figure(path, 3.3 * across, 2.3 * down + 0.3) as figure:
+        grid = figure.subplots(down, across, squeeze=False)
+        for axes, (name, step, value) in zip(grid.flat, columns, strict=False):
+            axes.plot(step, value, color="#0072B2", lw=1.6, marker="." if len(step) < 30 else "")
+            axes.set_title(name, fontsize=10)
+            axes.set_xlabel("optimiser step", fontsize=10)
+            axes.grid(color="#dddddd", lw=0.6)
+            axes.locator_params(axis="both", nbins=5)
+        for axes in grid.flat[len(columns) :]:
+            axes.set_visible(False)

@@ -57,9 +57,14 @@ class Kinetics:
 
     @property
     def disagreement(self) -> float | None:
-        """Largest relative difference between the two estimators where both have a value."""
+        """Largest relative difference between the two estimators over timescales longer than the lag, or None.
+
+        Faster ones mean nothing, and the estimators treat negative eigenvalues differently.
+        """
         ours = np.array([entry.values for entry in self.deeptime])
-        both = np.isfinite(ours) & np.isfinite(self.pyemma)
+        lags = np.array([entry.lag for entry in self.deeptime])[:, None]
+        with np.errstate(invalid="ignore"):
+            both = np.isfinite(self.pyemma) & (ours > lags)
         if not both.any():
             return None
         return float((np.abs(ours - self.pyemma)[both] / ours[both]).max())

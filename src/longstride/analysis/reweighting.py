@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from longstride.analysis.bootstrap import multiplicities
-from longstride.analysis.tica_msm import SEGMENTS, MarkovModel, fit_msm, segment_counts, segment_of_frames
+from longstride.analysis.tica_msm import REPLICATE_TOLERANCE, SEGMENTS, MarkovModel, fit_msm, segment_counts, segment_of_frames
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,22 +86,21 @@ def reweight(paths: list[np.ndarray], *, states: int, lag: int, replicates: int,
     n_segments = int(joined_segments.max()) + 1
     draws = multiplicities(n_segments, replicates, np.random.default_rng(seed))
     stationaries = np.zeros((replicates, states))
-    fixed = {
-        "paths": joined, "segments": joined_segments, "draws": draws, "stationaries": stationaries,
-        "lag": lag, "lengths": tuple(len(path) for path in paths),
-    }  # fmt: skip
     longest = max(len(path) for path in paths)
-    if longest < 3 * lag:
-        note = f"no MSM: trajectories of {longest} frames are shorter than three lags of {lag}"
-        return Reweighting(weights=None, connected_fraction=0.0, note=note, **fixed)
+    weights, fraction = None, 0.0
     counts = segment_counts(paths, segments, states=states, lag=lag)
-    model = fit_msm(counts.sum(axis=0))
+    model = fit_msm(counts.sum(axis=0)) if longest >= 3 * lag else None
     if model is None:
-        note = "no MSM: no two states are connected in both directions"
-        return Reweighting(weights=None, connected_fraction=0.0, note=note, **fixed)
-    for row, drawn in enumerate(draws):
-        stationaries[row] = _spread(fit_msm(np.tensordot(drawn, counts, axes=1)), states)
-    weights = _frame_weights(joined, np.ones(len(joined)), _spread(model, states))
-    fraction = float(np.isin(joined, model.states).mean())
-    note = "" if fraction > 0.999 else f"{100 * (1 - fraction):.1f} % of the frames lie outside the connected states"
-    return Reweighting(weights=weights, connected_fraction=fraction, note=note, **fixed)
+        short = f"trajectories of {longest} frames are shorter than three lags of {lag}"
+        note = f"no MSM: {short if longest < 3 * lag else 'no two states are connected in both directions'}"
+    else:
+        for row, drawn in enumerate(draws):
+            replica = fit_msm(np.tensordot(drawn, counts, axes=1), tolerance=REPLICATE_TOLERANCE)
+            stationaries[row] = _spread(replica, states)
+        weights = _frame_weights(joined, np.ones(len(joined)), _spread(model, states))
+        fraction = float(np.isin(joined, model.states).mean())
+        note = "" if fraction > 0.99 else f"{100 * (1 - fraction):.1f} % of the frames lie outside the connected states"
+    return Reweighting(
+        weights=weights, connected_fraction=fraction, note=note, paths=joined, segments=joined_segments, draws=draws,
+        stationaries=stationaries, lag=lag, lengths=tuple(len(path) for path in paths),
+    )  # fmt: skip

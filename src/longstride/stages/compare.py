@@ -86,8 +86,8 @@ def write_tables(found: Comparison, molecule: Molecule, section: CompareConfig, 
         for one in lags
         for k in range(len(one["deeptime_ps"]))
     ]  # fmt: skip
-    columns = ("source", "lag_ps", "index", "deeptime_ps", "ci_low_ps", "ci_high_ps", "pyemma_ps", "note")
-    tables.write_csv(out / "implied_timescales.csv", columns, scales)
+    scale_columns = ("source", "lag_ps", "index", "deeptime_ps", "ci_low_ps", "ci_high_ps", "pyemma_ps", "note")
+    tables.write_csv(out / "implied_timescales.csv", scale_columns, scales)
     names = ["effective_sizes.csv", "methods.csv", "implied_timescales.csv"]
     if content["primary_pair"] is None:
         return names

@@ -1,0 +1,274 @@
+"""The report: everything a run found, as one HTML page that needs nothing else."""
+
+from __future__ import annotations
+
+import csv
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+from markupsafe import Markup
+
+from longstride.analysis import figures, verdict
+from longstride.analysis.svg_inline import inline
+from longstride.analysis.tables import SUMMARY_COLUMNS
+from longstride.data.manifest import MANIFEST
+from longstride.errors import DataError
+
+PAGE = Path(__file__).parent / "page"
+FILES = ("report.html", "report.css", "report.js")
+SHOWN = (
+    ("system", "system"), ("method", "method"), ("seed", "seed"), ("invariance", "label"), ("status", "status"),
+    ("ess_per_s", "ESS / s"), ("ess", "ESS"), ("delta_f_phi_kT", "ΔF phi (kT)"), ("rmse_free_energy_kT", "map RMSE (kT)"),
+    ("acceptance", "acceptance"), ("n_samples", "samples"), ("target", "target"),
+    ("mean_energy_kJ_per_mol", "mean U (kJ/mol)"), ("energy_ks", "KS of U"), ("temperature_K", "T (K)"),
+    ("basins_visited", "basins"), ("rhat_max", "R-hat"), ("energy_calls", "energy calls"), ("force_calls", "force calls"),
+    ("sampling_wall_s", "sampling (s)"),
+)  # fmt: skip
+INTERVALS = {
+    "ess": ("ess_ci_low", "ess_ci_high"),
+    "ess_per_s": ("ess_ci_low_per_s", "ess_ci_high_per_s"),
+    "delta_f_phi_kT": ("delta_f_phi_ci_low_kT", "delta_f_phi_ci_high_kT"),
+    "mean_energy_kJ_per_mol": ("mean_energy_ci_low_kJ_per_mol", "mean_energy_ci_high_kJ_per_mol"),
+}
+MAX_TRAINING_PANELS = 9
+
+
+def read_comparison(folder: Path) -> dict[str, Any]:
+    """Return comparison.json of one system.
+
+    Raises:
+        DataError: it is missing or not valid JSON.
+    """
+    path = folder / "comparison.json"
+    try:
+        return json.loads(path.read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise DataError(f"cannot read {path} ({error}); run the compare stage of that system first") from error
+
+
+def _manifest(folder: Path) -> dict[str, Any] | None:
+    try:
+        return json.loads((folder / MANIFEST).read_text())
+    except (OSError, json.JSONDecodeError):
+        return None
+
+
+def summary_table(path: Path) -> dict[str, Any]:
+    """Return header and rows of summary.csv for the page; each cell has a text, a sorting key and an interval.
+
+    Raises:
+        DataError: the file is missing.
+    """
+    try:
+        with path.open(newline="") as handle:
+            rows = list(csv.DictReader(handle))
+    except OSError as error:
+        raise DataError(f"cannot read {path} ({error.strerror}); run the summary stage first") from error
+    shown = [(key, label) for key, label in SHOWN if key in SUMMARY_COLUMNS]
+    several = len({row["system"] for row in rows}) > 1
+    used = [(key, label) for key, label in shown if any(row.get(key) for row in rows) and (key != "system" or several)]
+    return {
+        "head": [label for _, label in used],
+        "rows": [{"label": row.get("invariance") or "absent", "cells": [_cell(row, key) for key, _ in used]} for row in rows],
+    }
+
+
+def _cell(row: dict[str, str], key: str) -> dict[str, str]:
+    raw = row.get(key) or ""
+    try:
+        value: float | None = float(raw)
+    except ValueError:
+        value = None
+    text = raw if value is None else verdict.number(value, 4)
+    interval = ""
+    if value is not None and key in INTERVALS:
+        low, high = (row.get(name) or "" for name in INTERVALS[key])
+        if low or high:
+            ends = [verdict.number(float(low), 3) if low else "-∞", verdict.number(float(high), 3) if high else "∞"]
+            interval = f"{ends[0]} to {ends[1]}"
+    return {"text": text or "–", "key": raw, "interval": interval, "numeric": "yes" if value is not None else ""}
+
+
+def _figure_html(text: str, figure: dict[str, str], number: int) -> dict[str, Any]:
+    return {**figure, "svg": Markup(inline(text, prefix=f"f{number}-", alt=figure["alt"]))}
+
+
+def training_curves(folder: Path, *, title: str) -> tuple[str, dict[str, str]] | None:
+    """Return (SVG text, description) of the metrics.csv in a training folder, or None where there is none.
+
+    One panel per numeric column other than step and wall time, nine at most.
+    """
+    path = folder / "metrics.csv"
+    if not path.is_file():
+        return None
+    with path.open(newline="") as handle:
+        rows = list(csv.DictReader(handle))
+    columns = []
+    for name in rows[0] if rows else []:
+        pairs = [(_float(row.get("step", "")), _float(row[name])) for row in rows]
+        points = np.array([pair for pair in pairs if np.isfinite(pair).all()])
+        if name not in ("step", "wall_s") and len(points) > 1:
+            columns.append((name.replace("_", " "), points[:, 0], points[:, 1]))
+    if not columns:
+        return None
+    columns = columns[:MAX_TRAINING_PANELS]
+    with tempfile.TemporaryDirectory() as temporary:
+        figures.training(Path(temporary) / "training.svg", columns)
+        text = (Path(temporary) / "training.svg").read_text()
+    last = "; ".join(f"{name} ends at {value[-1]:.3g}" for name, _, value in columns)
+    return text, {"file": "metrics.csv", "title": title, "caption": f"From {path.name}.", "alt": f"Training curves: {last}."}
+
+
+def _float(text: str | None) -> float:
+    try:
+        return float(text or "nan")
+    except ValueError:
+        return float("nan")
+
+
+def wall_times(run: Path, system: str) -> list[dict[str, Any]]:
+    """Return what each stage of one system took, from manifests: stage, seconds, and how they were counted."""
+    found: list[dict[str, Any]] = []
+
+    def add(stage: str, seconds: Any, note: str) -> None:  # noqa: ANN401 - whatever a manifest holds
+        if isinstance(seconds, int | float):
+            found.append({"stage": stage, "seconds": float(seconds), "note": note})
+
+    for stage, key, note in (
+        ("reference", "wall_s", "summed over trajectories"),
+        ("flow", "train_wall_s", "training"),
+        ("distill", "label_wall_s", "teacher labels"),
+        ("distill", "train_wall_s", "training"),
+    ):
+        add(stage, (_manifest(run / stage / system) or {}).get(key), note)
+    for folder in sorted((run / "sample" / system).glob("*/seed*")):
+        timing = (_manifest(folder) or {}).get("timing") or {}
+        name = f"sample {folder.parent.name}, {folder.name}"
+        add(name, timing.get("sampling_s"), "sampling")
+        add(name, timing.get("burn_in_s"), "burn-in or equilibration")
+    return found
+
+
+def preparation_seconds(run: Path, system: str, method: str) -> float | None:
+    """Return wall seconds of reference data and training that a method needs, or None where not recorded.
+
+    The flow needs reference and flow; mts needs reference and distill (labels and training).
+    """
+    reference = _manifest(run / "reference" / system) or {}
+    trained = _manifest(run / ("distill" if method == "mts" else "flow") / system) or {}
+    parts = [reference.get("wall_s"), trained.get("train_wall_s")]
+    if any(not isinstance(part, int | float) for part in parts):
+        return None
+    extra = trained.get("label_wall_s") if method == "mts" else 0.0
+    return float(parts[0]) + float(parts[1]) + float(extra or 0.0)
+
+
+def _plain_rate(content: dict[str, Any], entry: dict[str, Any]) -> float | None:
+    for one in content["pooled"]:
+        if one["target"] == entry["target"] and one["method"] == entry["versus"] and one["ess_per_s"]["value"]:
+            return one["ess_per_s"]["value"]
+    return entry["dynamics_ess_per_s_from_msm"]["value"]
+
+
+def system_section(run: Path, system: str, *, first_figure: int) -> dict[str, Any]:
+    """Return what the page shows of one system: sentences, figures, tables and times."""
+    folder = run / "compare" / system
+    content = read_comparison(folder)
+    drawn = [(figure, (folder / figure["file"]).read_text()) for figure in content["figures"]]
+    curves = []
+    for stage, title in (("flow", "Training of the flow"), ("distill", "Training of the distilled student")):
+        made = training_curves(run / stage / system, title=title)
+        if made is not None:
+            curves.append((made[1], made[0]))
+    numbered = [_figure_html(text, figure, first_figure + k) for k, (figure, text) in enumerate([*drawn, *curves])]
+    speeds = []
+    for entry in content["speedups"]:
+        cost = preparation_seconds(run, system, entry["method"])
+        full = {**entry, "plain_ess_per_s": _plain_rate(content, entry)}
+        speeds.append(f"{verdict.speedup_sentence(entry)} {verdict.break_even(full, preparation_s=cost)}")
+    return {
+        "name": system,
+        "anchor": f"system-{system}",
+        "content": content,
+        "reference": verdict.reference_sentences(content),
+        "speedups": speeds,
+        "agreement": agreement_table(content),
+        "figures": numbered[: len(drawn)],
+        "training": numbered[len(drawn) :],
+        "panel": panel_table(content),
+        "temperatures": temperature_table(content),
+        "times": wall_times(run, system),
+    }
+
+
+def agreement_table(content: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return one row per cell on whether it agrees with its baseline; a cell without samples shows its status."""
+    primary = content["primary_pair"][0] if content["primary_pair"] else None
+    rows = []
+    for entry in content["methods"]:
+        name = f"{entry['method']}, seed {entry['seed']}"
+        filled = "ess" in entry
+        rows.append(
+            {
+                "name": name,
+                "label": entry["invariance"] if filled else "absent",
+                "status": entry["status"],
+                "baseline": entry["baseline"] if filled else "",
+                "cells": verdict.agreement_row(entry, primary) if filled else [],
+            }
+        )
+    return rows
+
+
+def panel_table(content: dict[str, Any]) -> dict[str, Any]:
+    """Return ESS and R-hat of every observable of every cell, one column per observable."""
+    entries = [content["reference"], *(entry for entry in content["methods"] if "panel" in entry)]
+    names = list(entries[0]["panel"])
+    rows = []
+    for entry in entries:
+        name = entry["method"] if entry["seed"] is None else f"{entry['method']}, seed {entry['seed']}"
+        cells = []
+        for observable in names:
+            one = entry["panel"][observable]
+            text = verdict.number(one["ess"]["value"], 3)
+            cells.append({"text": text if one["ess"]["value"] is not None else one["ess"]["note"], "rhat": one["rhat"]})
+        rows.append({"name": name, "cells": cells})
+    return {"head": names, "rows": rows}
+
+
+def temperature_table(content: dict[str, Any]) -> dict[str, Any]:
+    """Return mean kinetic temperatures per element of every cell that has velocities, and notes for those that lack them."""
+    rows, elements, notes = [], [], []
+    for entry in [content["reference"], *content["methods"]]:
+        found = entry.get("temperature")
+        if not found:
+            continue
+        name = entry["method"] if entry["seed"] is None else f"{entry['method']}, seed {entry['seed']}"
+        if found["note"]:
+            notes.append(f"{name}: {found['note']}")
+        if found["elements"]:
+            elements += [element for element in found["elements"] if element not in elements]
+            rows.append((name, found["elements"]))
+    table = [
+        {"name": name, "cells": [verdict.with_interval(one[k], 4) if k in one else "–" for k in elements]} for name, one in rows
+    ]
+    return {"head": elements, "rows": table, "notes": notes}
+
+
+def render(context: dict[str, Any]) -> str:
+    """Return the page as HTML text; every value is escaped except the figures made here."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(PAGE), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True,
+        lstrip_blocks=True,
+    )  # fmt: skip
+    environment.filters["number"] = verdict.number
+    page, style, script = (PAGE / name for name in FILES)
+    return environment.get_template(page.name).render(
+        style=Markup(style.read_text()),
+        script=Markup(script.read_text()),
+        **context,
+    )

@@ -1,0 +1,142 @@
+"""What a comparison means, in sentences. Every sentence quotes a number and its interval, or says why there is none."""
+
+from __future__ import annotations
+
+from typing import Any
+
+EXPLANATIONS = {
+    "exact": "samples the target distribution itself: every proposal is accepted or rejected by Metropolis-Hastings",
+    "unadjusted": "follows the target up to the error of a finite time step, which is not corrected",
+    "biased": "does not sample the target distribution: use it to find states, not to weigh them",
+}
+METHOD_NOTES = {
+    "reference": "OpenMM Langevin dynamics started in several basins; an MSM removes the choice of starts from populations.",
+    "md": "Plain OpenMM Langevin dynamics: the baseline on the AMBER-type target.",
+    "timewarp": "A conditional normalising flow proposes the molecule a long time ahead; Metropolis-Hastings makes it exact.",
+    "explore": "The same flow proposals without the correction, with an energy filter against broken structures.",
+    "mts": "RESPA dynamics: the distilled student every inner step, the teacher every outer step.",
+    "sts": "Single-step Langevin dynamics with the teacher alone: the baseline of mts.",
+}
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """Return a number for people, or a dash."""
+    if value is None:
+        return "–"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.{digits}g}"
+
+
+def with_interval(estimate: dict[str, Any], digits: int = 3) -> str:
+    """Return "value (low to high)", or "undefined: reason"."""
+    if estimate["value"] is None:
+        return f"undefined: {estimate['note']}" if estimate["note"] else "undefined"
+    if estimate["low"] is None and estimate["high"] is None:
+        return f"{number(estimate['value'], digits)} (no interval)"
+    low = "-∞" if estimate["low"] is None else number(estimate["low"], digits)
+    high = "∞" if estimate["high"] is None else number(estimate["high"], digits)
+    return f"{number(estimate['value'], digits)} ({low} to {high})"
+
+
+def reference_sentences(content: dict[str, Any]) -> list[str]:
+    """Return what the reference says about itself: Delta F reweighted and raw, connectivity, slowest process."""
+    reference = content["reference"]
+    found = []
+    for name, entry in reference["delta_f"].items():
+        found.append(
+            f"ΔF({name}) from phi < 0 to phi ≥ 0 is {with_interval(entry)} kT by the MSM; the raw histogram of the seeded"
+            f" trajectories would say {with_interval(entry['raw'])} kT. The trajectories cross {entry['crossings']} times."
+        )
+    if reference["msm"]["note"]:
+        found.append(f"Limits of the reference: {reference['msm']['note']}.")
+    slowest = reference["msm"]["slowest_timescale_ps"]
+    total = number(reference["simulated_ps"])
+    found.append(
+        f"Slowest implied timescale at a lag of {number(reference['msm']['lag_ps'])} ps: {with_interval(slowest)} ps;"
+        f" {reference['n_chains']} trajectories hold {total} ps in all."
+    )
+    if reference["estimators_differ_by"] is not None:
+        found.append(
+            f"deeptime and PyEMMA differ by at most {100 * reference['estimators_differ_by']:.2g} % on the implied timescales that are longer than the lag."
+        )
+    return found
+
+
+def speedup_sentence(entry: dict[str, Any]) -> str:
+    """Return one line on the speed of a method against plain dynamics on the same target and machine."""
+    name = f"{entry['method']} ({entry['invariance']}) on {entry['target']}"
+    parts = []
+    if entry["measured"]["value"] is not None:
+        parts.append(f"{with_interval(entry['measured'])} × the ESS per second of {entry['versus']}")
+    else:
+        parts.append(f"no measured ratio to {entry['versus']} ({entry['measured']['note'] or 'undefined'})")
+    if entry["against_msm"]["value"] is not None:
+        parts.append(f"{with_interval(entry['against_msm'])} × what the MSM's slowest timescale allows plain dynamics")
+    if entry["throughput_ratio"]:
+        parts.append(f"{number(entry['throughput_ratio'])} × the simulated time per second")
+    return f"{name}: {'; '.join(parts)}."
+
+
+def break_even(entry: dict[str, Any], *, preparation_s: float | None) -> str:
+    """Return after how many effective samples (and how long) a method has paid for its training and data.
+
+    Equation: E = P / (1/r_plain - 1/r_method), with P the seconds of preparation and r in ESS per second.
+
+    Args:
+        entry: one element of `speedups`.
+        preparation_s: wall seconds of reference data and training, or None where unknown.
+    """
+    if entry["against_msm"]["value"] is None and entry["measured"]["value"] is None:
+        return "Break-even is undefined, because the rate of plain dynamics is."
+    if preparation_s is None:
+        return "Break-even is undefined: the cost of training and data was not recorded."
+    ratio = entry["measured"]["value"] or entry["against_msm"]["value"]
+    if ratio <= 1:
+        return "It never pays back its training and data: plain dynamics is faster."
+    plain = entry.get("plain_ess_per_s")
+    if not plain:
+        return "Break-even is undefined: no rate of plain dynamics."
+    samples = preparation_s / (1 / plain - 1 / (plain * ratio))
+    return (
+        f"Training and reference data cost {number(preparation_s)} s; they are paid back after about {number(samples)}"
+        f" effective samples, or {number(samples / plain)} s of plain dynamics."
+    )
+
+
+def _judged(z: float | None, statement: str) -> str:
+    if z is None:
+        return "undefined" if statement.startswith("undefined") else "undecided"
+    return "agrees" if abs(z) <= 2 else "differs"
+
+
+def agreement_row(entry: dict[str, Any], primary: str | None) -> list[dict[str, str]]:
+    """Return the cells that say whether one method agrees with its baseline: text and a smaller second line each.
+
+    Delta F with its z score, the map with the RMSE that errors alone would give, the mean energy and the KS distance
+    with the level that equal distributions stay below.
+
+    Args:
+        entry: a filled cell of comparison.json.
+        primary: name of the phi whose Delta F is shown, or None.
+    """
+    cells = []
+    one = entry["delta_f"].get(primary) if primary else None
+    if one is None:
+        cells.append({"text": "–", "small": "no phi"})
+    else:
+        z = "" if one["z"] is None else f"{_judged(one['z'], one['statement'])}, z = {one['z']:.1f}"
+        cells.append({"text": with_interval(one), "small": z or ("" if one["value"] is None else one["statement"])})
+    grid = entry.get("map")
+    if not grid:
+        cells.append({"text": "–", "small": entry["baseline"]})
+    elif grid["rmse"] is None:
+        cells.append({"text": "–", "small": grid["statement"]})
+    else:
+        inside = "" if grid["within_two_errors"] is None else f"{100 * grid['within_two_errors']:.0f} % within 2 errors, "
+        small = f"errors alone: {number(grid['expected'], 2)}; {inside}{grid['missing']} of {grid['bins'] + grid['missing']} missing"
+        cells.append({"text": number(grid["rmse"], 2), "small": small})
+    energy = entry["energy"]
+    cells.append({"text": with_interval(energy["difference"], 2), "small": ""})
+    noise = "" if energy["ks_noise"] is None else f"noise level {number(energy['ks_noise'], 2)}: "
+    small = energy["statement"] if energy["ks"] is None else f"{noise}{energy['statement']}"
+    cells.append({"text": number(energy["ks"], 2), "small": small})
+    return cells
