@@ -10,7 +10,7 @@ import difflib
 import types
 import typing
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
@@ -119,9 +119,10 @@ class FlowConfig(Section):
         0.3, ge=0, lt=1, description="fraction of a batch trained as infinitely lagged (y drawn without seeing x)"
     )
     energy_weight: float = Field(
-        1.0, ge=0, description="weight of the energy term (reverse Kullback-Leibler); 0 trains on data alone"
+        0.8, ge=0, le=1, description="share of the energy term in the loss of the stiff coordinates; the data's is the rest"
     )
-    energy_batch: int = Field(64, ge=1, description="configurations per step of the energy term")
+    balance_weight: float = Field(0.5, ge=0, description="weight of the detailed-balance term of the torsions")
+    energy_batch: int = Field(128, ge=1, description="configurations per step of the energy term")
     energy_from_step: int = Field(300, ge=0, description="step at which the energy term sets in")
     ema_decay: float = Field(0.995, ge=0, lt=1, description="exponential moving average of the weights")
     metrics_every_steps: int = Field(250, ge=1, description="optimiser steps between rows of metrics.csv")
@@ -161,22 +162,35 @@ class MDSampling(Section):
         return self
 
 
-class TimewarpSampling(Section):
-    """Method `timewarp`: exact Metropolis-Hastings with flow proposals on the AMBER target."""
+class FlowSampling(Section):
+    """What both methods with flow proposals share."""
 
     chains: int = Field(256, ge=2, description="chains advanced together")
     proposals: int = Field(2000, ge=1, description="proposals per chain")
-    burn_in: int = Field(200, ge=0, description="proposals per chain discarded before the first saved one")
     save_every: int = Field(10, ge=1, description="proposals between saved states")
+    independent_probability: float = Field(
+        0.3, ge=0, le=1, description="probability of a proposal that does not see x; the lags share the rest"
+    )
+    compile_energy: bool = Field(default=True, description="compile the target energy (slower start, several times faster)")
     checkpoint_every: int = Field(200, ge=1, description="proposals between checkpoints")
+    burn_in: int = Field(200, ge=0, description="proposals per chain discarded before the first saved one")
+
+    @model_validator(mode="after")
+    def _whole_saves(self) -> Self:
+        _check_multiple(self.proposals, self.save_every, "proposals", "save_every")
+        return self
 
 
-class ExploreSampling(Section):
+class TimewarpSampling(FlowSampling):
+    """Method `timewarp`: exact Metropolis-Hastings with flow proposals on the AMBER target."""
+
+
+class ExploreSampling(FlowSampling):
     """Method `explore`: flow proposals without correction (biased), filtered by energy and chirality."""
 
-    chains: int = Field(256, ge=2, description="chains advanced together")
     proposals: int = Field(200, ge=1, description="proposals per chain")
     save_every: int = Field(2, ge=1, description="proposals between saved states")
+    burn_in: int = Field(0, ge=0, description="proposals per chain discarded before the first saved one")
     max_energy_rise_kJ_per_mol: float = Field(300.0, gt=0, description="a larger rise in one step is refused")
     checkpoint_every: int = Field(50, ge=1, description="proposals between checkpoints")
 
@@ -241,6 +255,7 @@ class CompareConfig(Section):
     msm_lags_ps: tuple[float, ...] = Field(
         (1.0, 2.0, 5.0, 10.0, 20.0), min_length=1, description="lag times of implied timescales"
     )
+    msm_lag_ps: float = Field(5.0, gt=0, description="lag time of the MSM that reweights the reference")
     msm_states: int = Field(50, ge=2, description="k-means states of the MSM")
     bootstrap: int = Field(200, ge=20, description="bootstrap replicates")
     max_free_energy_kT: float = Field(5.0, gt=0, description="bins above this reference free energy are not compared")
@@ -382,13 +397,17 @@ def stage_view(config: Config, stage: str, *, system: str | None = None, method:
         method: the job's method, for `sample`.
     """
     full = config.model_dump(mode="json")
-    view: dict[str, Any] = {"seed": config.run.seed}
+    view: dict[str, Any] = {}
+    if stage in ("reference", "flow", "distill", "sample", "compare"):
+        view["seed"] = config.run.seed
     if system is not None:
         view["system"] = config.system(system).model_dump(mode="json")
     if stage in ("prepare", "reference", "sample", "compare", "distill"):
         view["physics"] = full["physics"]
     if stage == "sample" and method is not None:
         view["sample"] = full["sample"][method]
+        if method in ("mts", "sts"):
+            view["teacher"] = full["distill"]["teacher"]
     elif stage in full:
         view[stage] = full[stage]
     if stage == "report":

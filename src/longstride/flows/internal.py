@@ -183,15 +183,16 @@ class InternalFlow(nn.Module):
         bonds, angles, offsets = (stiff + self.centre).split([n_bonds, n_bonds - 1, len(self.offsets)], dim=-1)
         dihedrals = torsions.new_zeros(len(torsions), self.zmatrix.n_atoms - 3, dtype=stiff.dtype)
         dihedrals = dihedrals.index_copy(1, self.free, torsions.to(stiff.dtype)).index_copy(1, self.offsets, wrap(offsets))
-        inside = (bonds > 0).all(-1) & (angles > 0).all(-1) & (angles < math.pi).all(-1) & self._offsets_inside(stiff)
+        inside = (bonds > 0).all(-1) & (angles > 0).all(-1) & (angles < math.pi).all(-1) & self.contains(stiff)
         return Internals(bonds=bonds, angles=angles, dihedrals=dihedrals), inside
 
-    def _offsets_inside(self, stiff: Tensor) -> Tensor:
+    def contains(self, stiff: Tensor) -> Tensor:
+        """Return whether the offsets of centred stiff coordinates [batch, S] lie in the domain, [batch] bool."""
         deviation, centre = stiff[:, 2 * self.zmatrix.n_atoms - 3 :], self.centre[2 * self.zmatrix.n_atoms - 3 :]
         same_side = ((deviation + centre).sin() * centre.sin() > 0) | (centre.sin().abs() < _CHIRAL_SINE)
         return ((deviation.abs() < math.pi / 2) & same_side).all(-1)
 
-    def _context(self, torsions_x: Tensor, label: int | Tensor) -> Tensor:
+    def context(self, torsions_x: Tensor, label: int | Tensor) -> Tensor:
         """Return [batch, context]: features of x (zero for the independent label), log tau, and the independent flag."""
         lags = torch.tensor([*self.architecture.lags_ps, 1.0], dtype=torsions_x.dtype, device=torsions_x.device)
         index = torch.as_tensor(label, device=torsions_x.device).expand(len(torsions_x))
@@ -200,7 +201,7 @@ class InternalFlow(nn.Module):
 
     def log_prob_torsions(self, torsions_y: Tensor, torsions_x: Tensor, label: int | Tensor) -> Tensor:
         """Return log q(t(y) | t(x), label), [batch], density per radian^K. label: one index, or one per batch entry."""
-        return self.torsion_network.log_prob(torsions_y, self._context(torsions_x, label))
+        return self.torsion_network.log_prob(torsions_y, self.context(torsions_x, label))
 
     def log_prob_stiff(self, stiff: Tensor, torsions: Tensor) -> Tensor:
         """Return log q(s | t), [batch] float64, density of the centred stiff coordinates."""
@@ -262,7 +263,7 @@ class FlowProposal:
         """Return y in the frame of x, and log q(y | x) [batch] float64, NaN where y left the domain (reject it)."""
         flow, dtype = self.flow, self.flow.network_dtype
         torsions_x, _ = flow.encode(flow.zmatrix.from_cartesian(x.positions.double()))
-        context = flow._context(torsions_x.to(dtype), self.label)
+        context = flow.context(torsions_x.to(dtype), self.label)
         torsions = flow.torsion_network.sample(context, generator)
         stiff, log_stiff = flow.sample_stiff(torsions, generator)
         internals, inside = flow.decode(torsions, stiff)
@@ -279,13 +280,8 @@ class FlowProposal:
         torsions, stiff = flow.encode(internals)
         log_torsions = flow.log_prob_torsions(torsions.to(dtype), torsions_x.to(dtype), self.label)
         log_q = log_torsions + flow.log_prob_stiff(stiff, torsions) - internals.log_measure()
-        return torch.where(self.contains_encoded(stiff), log_q, -torch.inf)
+        return torch.where(flow.contains(stiff), log_q, -torch.inf)
 
     def contains(self, x: State) -> Tensor:
         """Return whether each configuration lies in the domain, [batch] bool; chains must start there."""
-        _, stiff = self.flow.encode(self.flow.zmatrix.from_cartesian(x.positions.double()))
-        return self.contains_encoded(stiff)
-
-    def contains_encoded(self, stiff: Tensor) -> Tensor:
-        """Return whether centred stiff coordinates [batch, S] of actual positions lie in the domain, [batch] bool."""
-        return self.flow._offsets_inside(stiff) & stiff.isfinite().all(-1)
+        return self.flow.contains(self.flow.encode(self.flow.zmatrix.from_cartesian(x.positions.double()))[1])

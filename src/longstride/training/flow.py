@@ -1,14 +1,17 @@
 """Training of the internal-coordinate flow: one visible loop over lagged pairs.
 
-Two terms are minimised (arXiv:2302.01170 uses both kinds; arXiv:1812.01729 for the second):
+Three terms are minimised. With t the free torsions and s the stiff coordinates,
 
-    likelihood   -E_data[log q(t(y) | t(x), label) + log q(s(y) | t(y))]
-    energy       E_{t ~ data, s ~ q(s | t)}[log q(s | t) + U(t, s)/kT - log prod b^2 sin(theta)]
+    likelihood   -E_data[log q(t(y) | t(x), label) + (1 - w) log q(s(y) | t(y))]
+    energy       w E_{y ~ q(. | x)}[log q(s | t) + U(t, s)/kT - log prod b^2 sin(theta)]
+    balance      v E_{y ~ q(. | x)}[huber(log r(x, y))],   log r = log pi(y) q(x | y) - log pi(x) q(y | x)
 
-The second is the reverse Kullback-Leibler divergence of the stiff coordinates at given torsions. It needs no
-further data, so it ends the overfitting that a few nanoseconds of molecular dynamics would otherwise cause; the
-torsions, where modes could be lost, learn from data alone. Pairs are used in both directions of time, which the
-dynamics' reversibility in positions permits.
+The energy term is the reverse Kullback-Leibler divergence of the stiff coordinates at given torsions (as in Boltzmann
+generators, arXiv:1812.01729). It needs no further data, so it ends the overfitting that a few nanoseconds of molecular
+dynamics would otherwise cause; torsions, where modes could be lost, are not drawn towards it. The balance term asks the
+torsion densities for detailed balance, which is what Metropolis-Hastings acceptance measures; y is a fixed sample in
+it, so the likelihood alone decides how far proposals reach. Pairs are used in both directions of time, which
+the dynamics' reversibility in positions permits.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from longstride.errors import NumericsError
+from longstride.errors import DataError, NumericsError
 from longstride.flows.zmatrix import Internals
 from longstride.progress import Progress
 from longstride.state import State
@@ -36,7 +39,9 @@ if TYPE_CHECKING:
     from longstride.flows.internal import InternalFlow
     from longstride.potentials.base import Potential
 
-_RISE_KEPT = 30.0  # kT above the frame's own energy beyond which the energy loss grows only logarithmically
+_DROP_KEPT = 30.0  # loss of log-weight against x beyond which the energy term grows only logarithmically
+_BALANCE_KEPT = 10.0  # |log r| beyond which a proposal clashes and says nothing about the torsions' balance
+_HUBER = 2.0
 _MAX_GRADIENT = 10.0
 
 
@@ -64,24 +69,39 @@ def internals_of(flow: InternalFlow, positions: np.ndarray) -> Internals:
 
 
 def encode_pairs(flow: InternalFlow, pairs: list[Mapping[str, np.ndarray]]) -> EncodedPairs:
-    """Return the encoded pairs of all lags; `pairs` holds one mapping of x and y, [pair, atom, 3] nm, per lag."""
+    """Return the encoded pairs of all lags; `pairs` holds one mapping of x and y, [pair, atom, 3] nm, per lag.
+
+    Raises:
+        DataError: some frame has another handedness than most, which the flow could not propose.
+    """
     torsions, stiff, label = [], [], []
     for index, lagged in enumerate(pairs):
         ends = [flow.encode(internals_of(flow, lagged[end])) for end in ("x", "y")]
         torsions.append(torch.stack([t for t, _ in ends]))
         stiff.append(torch.stack([s for _, s in ends]))
         label.append(torch.full((len(lagged["x"]),), index))
+        outside = sum(int((~flow.contains(s)).sum()) for _, s in ends)
+        if outside:
+            raise DataError(
+                f"{outside} frames differ from the others in the handedness of a centre; the flow keeps handedness, so give"
+                " structures of one stereoisomer with canonically labelled hydrogens (run prepare and reference again)"
+            )
     return EncodedPairs(torsions=torch.cat(torsions, 1), stiff=torch.cat(stiff, 1), label=torch.cat(label))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """What one likelihood step sees: torsions of x and y [batch, K], stiff of y [batch, S], label [batch]."""
+    """Pairs of one step: torsions of x and y [batch, K], stiff coordinates of x and y [batch, S], label [batch]."""
 
     torsions_x: Tensor
     torsions_y: Tensor
+    stiff_x: Tensor
     stiff_y: Tensor
     label: Tensor
+
+    def first(self, size: int) -> Batch:
+        """Return the first `size` entries."""
+        return Batch(**{name: value[:size] for name, value in vars(self).items()})
 
 
 def draw_batch(pairs: EncodedPairs, size: int, independent_fraction: float, generator: torch.Generator) -> Batch:
@@ -96,46 +116,64 @@ def draw_batch(pairs: EncodedPairs, size: int, independent_fraction: float, gene
     return Batch(
         torsions_x=pairs.torsions[direction, chosen],
         torsions_y=pairs.torsions[1 - direction, chosen],
+        stiff_x=pairs.stiff[direction, chosen],
         stiff_y=pairs.stiff[1 - direction, chosen],
         label=torch.where(independent, n_lags, pairs.label[chosen]),
     )
 
 
-def likelihood_loss(flow: InternalFlow, batch: Batch) -> Tensor:
-    """Return -log q(t(y) | t(x)) - log q(s(y) | t(y)), [batch], in nats per radian^K and unit stiff coordinates."""
+def negative_log_likelihood(flow: InternalFlow, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Return -log q(t(y) | t(x)) and -log q(s(y) | t(y)), each [batch], in nats per radian^K and per stiff coordinates."""
     dtype = flow.network_dtype
     torsions = flow.log_prob_torsions(batch.torsions_y.to(dtype), batch.torsions_x.to(dtype), batch.label)
-    return -torsions - flow.log_prob_stiff(batch.stiff_y, batch.torsions_y)
+    return -torsions, -flow.log_prob_stiff(batch.stiff_y, batch.torsions_y)
 
 
 @dataclass(frozen=True, kw_only=True)
 class EnergyLoss:
-    """The reverse Kullback-Leibler term at the torsions of a batch.
+    """The two terms that ask the potential instead of the data.
 
     Attributes:
         potential: the target, differentiable through `energy`.
         kT: thermal energy, kJ/mol.
-        size: configurations per step.
+        size: proposals per step.
     """
 
     potential: Potential
     kT: float
     size: int
 
-    def __call__(self, flow: InternalFlow, batch: Batch, generator: torch.Generator) -> Tensor:
-        """Return the mean of log q + [U(y) - U(data)]/kT - log measure; large rises enter logarithmically."""
-        torsions, data = batch.torsions_y[: self.size], batch.stiff_y[: self.size]
-        stiff, log_q = flow.sample_stiff(torsions, generator)
-        internals, inside = flow.decode(torsions, stiff)
-        reference, _ = flow.decode(torsions, data)
+    def __call__(self, flow: InternalFlow, batch: Batch, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Return the energy and the balance term, from one proposal for each of the first `size` x of the batch."""
+        x = batch.first(self.size)
+        dtype = flow.network_dtype
+        torsions_x = x.torsions_x.to(dtype)
         with torch.no_grad():
-            start = self.potential.energy(State(positions=flow.zmatrix.to_cartesian(reference)))
+            torsions_y = flow.torsion_network.sample(flow.context(torsions_x, x.label), generator)
+            inside_x, _ = flow.decode(x.torsions_x, x.stiff_x)
+            log_weight_x = self._reduced(flow, inside_x) - flow.log_prob_stiff(x.stiff_x, x.torsions_x)
+        stiff, log_stiff = flow.sample_stiff(torsions_y, generator)
+        internals, inside = flow.decode(torsions_y, stiff)
+        # log pi(y) - log q(s | t), the log-weight of the stiff part
+        log_weight_y = self._reduced(flow, internals) - log_stiff
+        drop = log_weight_x - log_weight_y
+        softened = torch.where(drop < _DROP_KEPT, drop, _DROP_KEPT + torch.log1p((drop - _DROP_KEPT).clamp(min=0)))
+        forward = flow.log_prob_torsions(torsions_y, torsions_x, x.label)
+        backward = flow.log_prob_torsions(torsions_x, torsions_y, x.label)
+        log_r = -drop.detach() + backward - forward
+        usable = inside & drop.isfinite()
+        balance = nn.functional.huber_loss(log_r, torch.zeros_like(log_r), reduction="none", delta=_HUBER)
+        near = usable & (log_r.detach().abs() < _BALANCE_KEPT)
+        return _mean_where(usable, softened), _mean_where(near, balance)
+
+    def _reduced(self, flow: InternalFlow, internals: Internals) -> Tensor:
+        """Return log pi in internal coordinates, -U/kT + log measure, [batch]."""
         energy = self.potential.energy(State(positions=flow.zmatrix.to_cartesian(internals)))
-        rise = (energy - start).double() / self.kT
-        softened = torch.where(rise < _RISE_KEPT, rise, _RISE_KEPT + torch.log1p((rise - _RISE_KEPT).clamp(min=0)))
-        value = log_q + softened - internals.log_measure()
-        usable = inside & value.isfinite()
-        return torch.where(usable, value, 0.0).sum() / usable.sum().clamp(min=1)
+        return internals.log_measure() - energy.double() / self.kT
+
+
+def _mean_where(mask: Tensor, value: Tensor) -> Tensor:
+    return torch.where(mask, value, 0.0).sum() / mask.sum().clamp(min=1)
 
 
 def learning_rate(step: int, *, peak: float, warm_up: int, total: int) -> float:
@@ -206,11 +244,6 @@ class Trainer:
             self.optimizer.state[value] = {key: tensors[f"adam.{key}.{name}"].reshape(_shape(key, value)) for key in keys}
 
     @torch.no_grad()
-    def averaged(self) -> dict[str, Tensor]:
-        """Return the averaged weights."""
-        return self.ema
-
-    @torch.no_grad()
     def update(self, loss: Tensor, *, rate: float, decay: float) -> None:
         """One optimiser step along the clipped gradient of `loss`, and one step of the moving average.
 
@@ -263,10 +296,13 @@ def train(
     while trainer.step < _last_step(trainer, section):
         rate = _rate(trainer, section)
         batch = draw_batch(pairs, section.batch_size, section.independent_fraction, trainer.generator)
-        likelihood = likelihood_loss(trainer.flow, batch).mean()
+        torsions, stiff = (value.mean() for value in negative_log_likelihood(trainer.flow, batch))
+        likelihood = torsions + stiff
         loss = likelihood
         if energy_loss is not None and trainer.step >= section.energy_from_step:
-            loss = loss + section.energy_weight * energy_loss(trainer.flow, batch, trainer.generator)
+            energy, balance = energy_loss(trainer.flow, batch, trainer.generator)
+            loss = torsions + (1 - section.energy_weight) * stiff
+            loss = loss + section.energy_weight * energy + section.balance_weight * balance
         trainer.update(loss, rate=rate, decay=section.ema_decay)
         trainer.wall_s = time.monotonic() - begin
         if trainer.cooldown_from is None and trainer.wall_s > section.max_seconds:
@@ -326,8 +362,9 @@ def validation_nll(flow: InternalFlow, pairs: EncodedPairs) -> float:
         batch = Batch(
             torsions_x=pairs.torsions[0, chunk],
             torsions_y=pairs.torsions[1, chunk],
+            stiff_x=pairs.stiff[0, chunk],
             stiff_y=pairs.stiff[1, chunk],
             label=pairs.label[chunk],
         )
-        total += likelihood_loss(flow, batch).sum().item()
+        total += sum(value.sum().item() for value in negative_log_likelihood(flow, batch))
     return total / len(pairs) / (flow.n_torsions + flow.n_stiff)

@@ -1,0 +1,111 @@
+"""Metropolis-Hastings with any proposal, many chains at a time."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+
+from longstride.errors import DataError
+from longstride.mcmc.kernel import ChainState, Info, Kernel
+from longstride.state import State
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import Tensor
+
+    from longstride.mcmc.kernel import LogDensity
+    from longstride.potentials.base import Potential
+
+
+class Proposal(Protocol):
+    """A conditional density q(y | x) bound to one System, with respect to the same measure as the target's density."""
+
+    def sample(self, x: State, generator: torch.Generator) -> tuple[State, Tensor]:
+        """Return y ~ q(. | x), one independent draw per chain, and log q(y | x) [chain]; NaN marks an invalid draw."""
+        ...
+
+    def log_prob(self, y: State, x: State) -> Tensor:
+        """Return log q(y | x), [chain]."""
+        ...
+
+
+def boltzmann(potential: Potential, kT: float) -> LogDensity:
+    """Return x -> -U(x)/kT, [chain] float64."""
+
+    @torch.no_grad()
+    def log_density(x: State) -> Tensor:
+        return -potential.energy(x).double() / kT
+
+    return log_density
+
+
+def start_chains(log_density: LogDensity, state: State) -> ChainState:
+    """Return chains at `state` with their log-density cached.
+
+    Raises:
+        DataError: a starting configuration has no finite density.
+    """
+    value = log_density(state)
+    if not bool(value.isfinite().all()):
+        count = int((~value.isfinite()).sum())
+        raise DataError(f"{count} of {len(value)} starting configurations have no finite energy; start from reference frames")
+    return ChainState(state=state, log_density=value)
+
+
+def select(accepted: Tensor, proposed: ChainState, current: ChainState) -> ChainState:
+    """Return `proposed` where accepted and `current`, repeated, elsewhere."""
+    positions = torch.where(accepted[:, None, None], proposed.state.positions, current.state.positions)
+    log_density = torch.where(accepted, proposed.log_density, current.log_density)
+    return ChainState(state=State(positions=positions), log_density=log_density)
+
+
+def log_ratio(at_x: Tensor, at_y: Tensor, log_backward: Tensor, log_forward: Tensor) -> Tensor:
+    """Return log r = log pi(y) - log pi(x) + log q(x | y) - log q(y | x), [chain]; -inf where it is not a number.
+
+    An invalid draw or an overflowing energy gives NaN somewhere, and is to be rejected. A ratio of +inf can only come from an
+    energy of -inf, which no valid configuration has, and is rejected too.
+    """
+    log_r = at_y - at_x + log_backward - log_forward
+    return torch.where(log_r.isnan() | (log_r == torch.inf), -torch.inf, log_r)
+
+
+def metropolis(log_density: LogDensity, proposal: Proposal, *, label: str = "metropolis") -> Kernel:
+    """Return the Metropolis-Hastings kernel; exact for the distribution of `log_density`.
+
+    Accept y with probability min(1, pi(y) q(x | y) / (pi(x) q(y | x))), else repeat x (Hastings 1970,
+    doi:10.1093/biomet/57.1.97). Each chain has its own proposal and its own uniform, drawn fresh each step: sharing any
+    auxiliary variable between the proposals of a batch that stops at the first acceptance would bias the chain. A
+    proposal whose ratio is NaN (invalid draw, overflowing energy) is rejected.
+    """
+
+    def step(chains: ChainState, generator: torch.Generator) -> tuple[ChainState, Info]:
+        y, log_forward = proposal.sample(chains.state, generator)
+        at_y = log_density(y)
+        log_alpha = log_ratio(chains.log_density, at_y, proposal.log_prob(chains.state, y), log_forward)
+        accepted = _accept(log_alpha, generator)
+        moved = select(accepted, ChainState(state=y, log_density=at_y), chains)
+        return moved, Info(accepted=accepted, log_alpha=log_alpha, label=label, energy_calls=len(at_y))
+
+    return Kernel(step=step, invariance="exact", labels=(label,))
+
+
+def _accept(log_alpha: Tensor, generator: torch.Generator) -> Tensor:
+    uniform = torch.rand(log_alpha.shape, generator=generator, dtype=torch.float64, device=log_alpha.device)
+    return uniform.log() < log_alpha
+
+
+def checked_starts(proposal_contains: Callable[[State], Tensor], state: State) -> State:
+    """Return `state` if the proposal's domain contains it.
+
+    Raises:
+        DataError: some chain would start where no proposal can come from, and would never move.
+    """
+    inside = proposal_contains(state)
+    if not bool(inside.all()):
+        raise DataError(
+            f"{int((~inside).sum())} of {len(inside)} starting configurations have another handedness than the flow's"
+            " training data; start from frames of the reference it was trained on"
+        )
+    return state

@@ -1,0 +1,140 @@
+"""Methods `timewarp` (exact) and `explore` (biased): Markov chains with flow proposals on the AMBER target."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from longstride.data.atomic import write_arrays
+from longstride.data.checkpoint import fingerprint, open_state
+from longstride.data.frames import start_positions
+from longstride.data.manifest import read_manifest, write_manifest
+from longstride.errors import DataError
+from longstride.fingerprints import code_version
+from longstride.flows.checkpoint import load_flow
+from longstride.mcmc.explore import explore
+from longstride.mcmc.metropolis import boltzmann, checked_starts, start_chains
+from longstride.mcmc.run import Saved, Schedule, Tally, run
+from longstride.mcmc.timewarp import timewarp
+from longstride.potentials.amber import AmberPotential
+from longstride.provenance import provenance
+from longstride.seeds import job_seed
+from longstride.state import State
+from longstride.systems import load_prepared
+from longstride.units import thermal_energy
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from longstride.config import ExploreSampling, TimewarpSampling
+    from longstride.flows.internal import InternalFlow
+    from longstride.mcmc.kernel import Kernel
+    from longstride.potentials.base import Potential
+    from longstride.systems import Prepared
+
+
+def run_timewarp(
+    section: TimewarpSampling, *, prepared: Path, flow: Path, reference: Path, out: Path, state: Path, seed: int, threads: int
+) -> None:
+    """Write samples of the exact chain to `out`; starts are reference frames from all basins."""
+
+    def make(network: InternalFlow, potential: Potential, kT: float) -> Kernel:
+        return timewarp(network, potential, kT=kT, independent_probability=section.independent_probability)
+
+    folders = {"prepared": prepared, "flow": flow, "reference": reference, "out": out, "state": state}
+    _sample("timewarp", section, make, folders=folders, seed=seed, threads=threads)
+
+
+def run_explore(
+    section: ExploreSampling, *, prepared: Path, flow: Path, reference: Path, out: Path, state: Path, seed: int, threads: int
+) -> None:
+    """Write states of the biased exploration to `out`; starts are reference frames from all basins."""
+
+    def make(network: InternalFlow, potential: Potential, kT: float) -> Kernel:
+        return explore(
+            network,
+            potential,
+            kT=kT,
+            independent_probability=section.independent_probability,
+            max_energy_rise=section.max_energy_rise_kJ_per_mol,
+        )
+
+    folders = {"prepared": prepared, "flow": flow, "reference": reference, "out": out, "state": state}
+    _sample("explore", section, make, folders=folders, seed=seed, threads=threads)
+
+
+def _sample(
+    method: str,
+    section: TimewarpSampling | ExploreSampling,
+    make: Callable[[InternalFlow, Potential, float], Kernel],
+    *,
+    folders: dict[str, Path],
+    seed: int,
+    threads: int,
+) -> None:
+    torch.set_num_threads(threads)
+    molecule = load_prepared(folders["prepared"])
+    trained = read_manifest(folders["flow"], kind="flow")
+    source = read_manifest(folders["reference"], kind="reference", verify=False)
+    if source["system_hash"] != molecule.system_hash:
+        raise DataError(f"{folders['reference']} belongs to another molecule or force field than {folders['prepared']}")
+    kT = thermal_energy(trained["temperature_K"])
+    network = load_flow(folders["flow"] / "model.safetensors", molecule)
+    potential = AmberPotential.from_openmm(
+        molecule.openmm_system, molecule.system, name=molecule.target, dtype=torch.float64, compile=section.compile_energy
+    )
+    starts = start_positions(folders["reference"], count=section.chains, seed=job_seed(seed, "starts"))
+    x = State(positions=torch.from_numpy(starts))
+    chains = start_chains(boltzmann(potential, kT), checked_starts(network.bind(molecule.system).contains, x))
+    generator = torch.Generator().manual_seed(job_seed(seed, "chains"))
+    inputs = (molecule.system_hash, trained["files"], source["files"])
+    key = fingerprint(section.model_dump(), inputs, seed, threads, code_version("sample_flow"))
+    schedule = Schedule(
+        steps=section.proposals,
+        burn_in=section.burn_in,
+        save_every=section.save_every,
+        checkpoint_every=section.checkpoint_every,
+    )
+    kernel = make(network, potential, kT)
+    with open_state(folders["state"], key) as folder:
+        saved, tally = run(kernel, chains, schedule, generator=generator, folder=folder, label=method)
+        identity = {"method": method, "invariance": kernel.invariance, "seed": seed, "threads": threads}
+        _write(saved, tally, identity, section, molecule=molecule, trained=trained, out=folders["out"])
+        folder.clear()
+
+
+def _write(
+    saved: Saved,
+    tally: Tally,
+    identity: dict[str, Any],
+    section: TimewarpSampling | ExploreSampling,
+    *,
+    molecule: Prepared,
+    trained: dict[str, Any],
+    out: Path,
+) -> None:
+    energy = -saved.log_density * thermal_energy(trained["temperature_K"])
+    arrays = {"positions": saved.positions, "potential_energy": energy, "acceptance": saved.acceptance}
+    write_arrays(out / "samples.safetensors", arrays)
+    content = {
+        "system": molecule.system.name,
+        "method": identity["method"],
+        "target": molecule.target,
+        "invariance": identity["invariance"],
+        "physical_time": False,
+        "save_every": section.save_every,
+        "seed": identity["seed"],
+        "system_hash": molecule.system_hash,
+        "temperature_K": trained["temperature_K"],
+        "counts": {"energy_calls": tally.energy_calls, "proposals": sum(tally.proposed.values())},
+        "acceptance": tally.acceptance(),
+        "acceptance_by_label": {name: tally.acceptance(name) for name in tally.proposed},
+        "timing": {"sampling_s": tally.sampling_s, "burn_in_s": tally.burn_in_s, "threads": identity["threads"]},
+        "provenance": provenance(),
+    }
+    write_manifest(out, kind="samples", files=["samples.safetensors"], content=content)
+    rate = content["counts"]["proposals"] / max(tally.sampling_s, 1e-9)
+    labels = ", ".join(f"{name} {value:.3f}" for name, value in content["acceptance_by_label"].items())
+    print(f"{identity['method']}: {rate:.0f} proposals/s, accepted {tally.acceptance():.3f} ({labels})")

@@ -1,0 +1,125 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from longstride.errors import DataError
+from longstride.flows.zmatrix import Internals, build_zmatrix, place_in_frame, wrap
+from longstride.state import System
+
+
+def molecule(numbers, bonds):
+    n = len(numbers)
+    return System(
+        name="test",
+        atomic_numbers=np.array(numbers),
+        masses=np.ones(n),
+        bonds=np.array(bonds),
+        atom_names=tuple(f"A{i}" for i in range(n)),
+        residue_names=("RES",) * n,
+        residue_indices=np.zeros(n, dtype=np.int64),
+    )
+
+
+BUTANE = molecule(
+    [6, 6, 6, 6] + [1] * 10,
+    [(0, 1), (1, 2), (2, 3), (0, 4), (0, 5), (0, 6), (1, 7), (1, 8), (2, 9), (2, 10), (3, 11), (3, 12), (3, 13)],
+)
+RING = molecule([6, 6, 6, 6, 7, 8, 1], [(0, 1), (1, 2), (2, 3), (3, 4), (0, 4), (2, 5), (5, 6)])
+WATER = molecule([8, 1, 1], [(0, 1), (0, 2)])
+MOLECULES = {"butane": BUTANE, "ring": RING, "water": WATER}
+
+
+def random_positions(system, batch=3, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return 0.15 * torch.randn(batch, system.n_atoms, 3, generator=generator, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("system", MOLECULES.values(), ids=MOLECULES)
+def test_positions_survive_the_round_trip(system):
+    zmatrix = build_zmatrix(system)
+    x = random_positions(system)
+    back = place_in_frame(zmatrix.to_cartesian(zmatrix.from_cartesian(x)), *zmatrix.frame(x))
+    assert (x - back).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("system", MOLECULES.values(), ids=MOLECULES)
+def test_internals_do_not_see_rigid_motion(system):
+    zmatrix = build_zmatrix(system)
+    x = random_positions(system)
+    rotation, _ = torch.linalg.qr(torch.randn(3, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64))
+    rotation = rotation * torch.linalg.det(rotation)
+    before, after = zmatrix.from_cartesian(x), zmatrix.from_cartesian(x @ rotation.T + 3.0)
+    for name in ("bonds", "angles", "dihedrals"):
+        assert torch.allclose(getattr(before, name), getattr(after, name), atol=1e-10)
+
+
+def test_every_rotatable_bond_has_one_free_dihedral():
+    zmatrix = build_zmatrix(BUTANE)
+    axes = [frozenset(zmatrix.rows[row + 3, 1:3]) for row in zmatrix.free]
+    assert sorted(map(sorted, axes)) == [[0, 1], [1, 2], [2, 3]]
+    for row in zmatrix.offsets:
+        atom, parent, _, sibling = zmatrix.rows[row + 3]
+        assert sibling in zmatrix.rows[zmatrix.rows[:, 1] == parent, 0]
+        assert atom != sibling
+
+
+def test_a_mirror_image_flips_dihedrals_only():
+    zmatrix = build_zmatrix(BUTANE)
+    x = random_positions(BUTANE)
+    here, mirrored = zmatrix.from_cartesian(x), zmatrix.from_cartesian(x * torch.tensor([1.0, 1.0, -1.0]))
+    assert torch.allclose(here.bonds, mirrored.bonds)
+    assert torch.allclose(wrap(here.dihedrals + mirrored.dihedrals), torch.zeros(()).double(), atol=1e-10)
+
+
+def rigid_and_internal_to_cartesian(zmatrix, values):
+    """Map (translation, Euler angles, internals), 3N values, to 3N Cartesian coordinates."""
+    n = zmatrix.n_atoms
+    shift, (alpha, beta, gamma), rest = values[:3], values[3:6], values[6:]
+    internals = Internals(bonds=rest[None, : n - 1], angles=rest[None, n - 1 : 2 * n - 3], dihedrals=rest[None, 2 * n - 3 :])
+    one, zero = torch.ones_like(alpha), torch.zeros_like(alpha)
+
+    def about_z(a):
+        return torch.stack([a.cos(), -a.sin(), zero, a.sin(), a.cos(), zero, zero, zero, one]).view(3, 3)
+
+    about_x = torch.stack([one, zero, zero, zero, beta.cos(), -beta.sin(), zero, beta.sin(), beta.cos()]).view(3, 3)
+    rotation = about_z(alpha) @ about_x @ about_z(gamma)
+    return (zmatrix.to_cartesian(internals)[0] @ rotation.T + shift).flatten()
+
+
+def log_volume(zmatrix, x, seed):
+    generator = torch.Generator().manual_seed(seed)
+    internals = zmatrix.from_cartesian(x)
+    euler = torch.rand(3, generator=generator, dtype=torch.float64) * 2 + 0.5
+    values = torch.cat(
+        [torch.randn(3, generator=generator, dtype=torch.float64), euler, internals.bonds[0], internals.angles[0]]
+    )
+    values = torch.cat([values, internals.dihedrals[0]])
+    jacobian = torch.autograd.functional.jacobian(lambda v: rigid_and_internal_to_cartesian(zmatrix, v), values)
+    # the invariant measure of rotations in Euler angles is sin(beta)
+    return torch.linalg.slogdet(jacobian)[1] - euler[1].sin().log(), internals
+
+
+@pytest.mark.parametrize("system", MOLECULES.values(), ids=MOLECULES)
+def test_measure_equals_the_jacobian_of_the_placement(system):
+    zmatrix = build_zmatrix(system)
+    for seed in range(3):
+        measured, internals = log_volume(zmatrix, random_positions(system, batch=1, seed=seed), seed)
+        assert abs((measured - internals.log_measure()[0]).item()) < 1e-8
+        without_sine = 2 * internals.bonds.log().sum()
+        assert abs((measured - without_sine).item()) > 1e-3  # negative control
+
+
+def test_negative_dihedral_sign_convention_matches_iupac():
+    x = torch.tensor([[[1.0, 0, 0], [0, 0, 0], [0, 0, 1], [0, 1, 1]]], dtype=torch.float64)
+    chain = molecule([6, 6, 6, 6], [(0, 1), (1, 2), (2, 3)])
+    zmatrix = build_zmatrix(chain)
+    assert abs(abs(zmatrix.from_cartesian(x).dihedrals.item()) - math.pi / 2) < 1e-12
+
+
+def test_two_molecules_and_two_atoms_are_refused():
+    with pytest.raises(DataError, match="more than one piece"):
+        build_zmatrix(molecule([8, 1, 1, 8, 1, 1], [(0, 1), (0, 2), (3, 4), (3, 5)]))
+    with pytest.raises(DataError, match="at least three"):
+        build_zmatrix(molecule([1, 1], [(0, 1)]))
