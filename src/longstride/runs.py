@@ -5,6 +5,7 @@ The Snakefile parses in about a second because nothing here imports the science.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import re
@@ -115,6 +116,8 @@ class Session:
         """
         self._run.folder.mkdir(parents=True, exist_ok=True)
         self._lock = lock_folder(self._run.folder)
+        if ended := end_orphans(self._run.frozen):
+            self._say(f"ended {ended} processes that a killed run of {self._run.folder} had left behind")
         write_text(self._run.frozen, dump_config(self._run.config))
         config = self._run.config
         repeats = f"{config.sample.seeds} seed{'s' if config.sample.seeds > 1 else ''} each"
@@ -171,6 +174,32 @@ def lock_folder(folder: Path) -> TextIO:
     handle.write(f"process {os.getpid()} on {socket.gethostname()}\n")
     handle.flush()
     return handle
+
+
+def end_orphans(frozen: Path) -> int:
+    """End this user's processes on this host that belong to the run of that frozen configuration; return how many.
+
+    Call with the run's lock held: then no other workflow is active there, and they are jobs, or workers of jobs, whose
+    parent was killed. Their state folders are safe at any moment, and the new jobs would wait for them or share the
+    cores with them. Jobs of a cluster run elsewhere and are not touched.
+    """
+    import psutil
+
+    me = psutil.Process()
+    family = {me.pid, *(parent.pid for parent in me.parents())}
+    orphans = []
+    for process in psutil.process_iter():
+        try:
+            if process.pid not in family and process.environ().get(CONFIG_VARIABLE) == str(frozen.resolve()):
+                orphans.append(process)
+                process.terminate()
+        except psutil.Error:
+            continue  # another user's, or gone
+    _, stubborn = psutil.wait_procs(orphans, timeout=3)
+    for process in stubborn:
+        with contextlib.suppress(psutil.Error):
+            process.kill()
+    return len(orphans)
 
 
 class LogFollower(threading.Thread):

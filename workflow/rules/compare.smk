@@ -8,7 +8,14 @@ rule compare:
             seed=range(RUN.config.sample.seeds),
         ),
     output:
-        comparison="<run>/compare/{system}/comparison.json",
+        folder=report(
+            directory("<run>/compare/{system}"),
+            patterns=["{figure}.svg"],
+            caption="../report/figure.rst",
+            category="Figures",
+            subcategory="{system}",
+            labels={"figure": "{figure}"},
+        ),
     log:
         "<run>/logs/compare/{system}.log",
     benchmark:
@@ -25,18 +32,17 @@ rule compare:
         prepared=subpath(input.prepared, parent=True),
         reference=subpath(input.reference, parent=True),
         samples=folders_of("samples"),
-        out=subpath(output.comparison, parent=True),
     message:
         "compare: free energies, kinetics and speed of {wildcards.system}"
     shell:
         "exec longstride compare --config {params.config:q} --system {wildcards.system}"
         " --prepared {params.prepared:q} --reference {params.reference:q} --samples {params.samples:q}"
-        " --out {params.out:q} --threads {threads} > {log:q} 2>&1"
+        " --out {output.folder:q} --threads {threads} > {log:q} 2>&1"
 
 
 rule summary:
     input:
-        comparisons=expand("<run>/compare/{system}/comparison.json", system=SYSTEMS),
+        comparisons=expand("<run>/compare/{system}", system=SYSTEMS),
     output:
         table=report(
             "<run>/summary.csv",
@@ -57,9 +63,8 @@ rule summary:
     params:
         config=str(RUN.frozen),
         key=job_key("summary"),
-        comparisons=folders_of("comparisons"),
     message:
         "summary: one table of all systems and methods"
     shell:
-        "exec longstride summary --config {params.config:q} --compare {params.comparisons:q}"
+        "exec longstride summary --config {params.config:q} --compare {input.comparisons:q}"
         " --out {output.table:q} > {log:q} 2>&1"

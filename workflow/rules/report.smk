@@ -1,7 +1,7 @@
 rule report:
     input:
         summary="<run>/summary.csv",
-        comparisons=expand("<run>/compare/{system}/comparison.json", system=SYSTEMS),
+        comparisons=expand("<run>/compare/{system}", system=SYSTEMS),
     output:
         page=report(
             "<run>/report.html",

@@ -1,6 +1,5 @@
 rule shard:
     input:
-        prepared="<run>/prepare/{system}/manifest.json",
         reference="<run>/reference/{system}/manifest.json",
     output:
         manifest="<run>/shards/{system}/manifest.json",
