@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -19,25 +20,61 @@ CONFIGS = [ROOT / "config.yaml", *sorted((ROOT / "workflow" / "configs").glob("*
 PROFILES = sorted((ROOT / "workflow" / "profiles").glob("*/profile.yaml"))
 SMOKE = ROOT / "workflow" / "configs" / "smoke.yaml"
 
-# runs Snakemake in this process and then tells which packages the parse imported
-WATCHED = """
-import sys
+# imports Snakemake once, runs each case in a fork of its own, and tells which packages the case imported
+DRIVER = """
+import json, os, sys
 from snakemake.cli import main
-try:
-    main(sys.argv[1:])
-except SystemExit as error:
-    print("status", error.code)
-print("heavy", sorted({"torch", "openmm", "mdtraj", "deeptime", "matplotlib", "longstride.stages"} & set(sys.modules)))
+HEAVY = {"torch", "openmm", "mdtraj", "deeptime", "longstride.stages"}
+for name, folder, arguments in json.load(sys.stdin):
+    child = os.fork()
+    if child:
+        os.waitpid(child, 0)
+        continue
+    os.chdir(folder)
+    output = os.open(os.path.join(folder, "..", name + ".txt"), os.O_WRONLY | os.O_CREAT)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    status = 0
+    try:
+        main(arguments)
+    except SystemExit as error:
+        status = error.code
+        if isinstance(status, str):
+            print(status)
+    print("status", 1 if status else 0)
+    print("heavy", sorted(HEAVY & set(sys.modules)), flush=True)
+    os._exit(0)
 """
+OWN_CONFIGS = {
+    "md-only": "run: {name: md-only}\nsample: {methods: [md], seeds: 1}\n",
+    "bad": "flow: {hiden: 3}\n",
+}
 
 
-def snakemake(folder: Path, *arguments: str, config: Path = SMOKE, profile: str = "local") -> subprocess.CompletedProcess[str]:
-    """Run Snakemake in `folder` on this checkout's workflow."""
+@pytest.fixture(scope="module")
+def cases(tmp_path_factory) -> dict[str, tuple[Path, str]]:
+    """Folder and output of Snakemake for every case of this file."""
+    top = tmp_path_factory.mktemp("workflow")
+    jobs = [_case(top, f"dry-{path.stem}", "--dry-run", config=path) for path in CONFIGS]
+    jobs.append(_case(top, "slurm", "--dry-run", "--executor", "slurm", profile="slurm"))
+    for name, text in OWN_CONFIGS.items():
+        (top / f"{name}.yaml").write_text(text)
+        jobs.append(_case(top, name, "--dry-run", config=top / f"{name}.yaml"))
+    jobs.append(_case(top, "in-use"))
+    held = top / "in-use" / "results" / "smoke"
+    held.mkdir(parents=True)
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(("LONGSTRIDE", "SNAKEMAKE"))}
+    with lock_folder(held):
+        command = [sys.executable, "-c", DRIVER]
+        subprocess.run(command, input=json.dumps(jobs), text=True, check=True, env=environment, timeout=600)
+    return {name: (Path(folder), (top / f"{name}.txt").read_text()) for name, folder, _ in jobs}
+
+
+def _case(top: Path, name: str, *arguments: str, config: Path = SMOKE, profile: str = "local") -> tuple[str, str, list[str]]:
     flags = ["-s", str(ROOT / "Snakefile"), "--configfile", str(config)]
     flags += ["--workflow-profile", str(ROOT / "workflow" / "profiles" / profile)]
-    command = [sys.executable, "-c", WATCHED, *flags, *arguments]
-    environment = {key: value for key, value in os.environ.items() if not key.startswith(("LONGSTRIDE", "SNAKEMAKE"))}
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, env=environment, timeout=300)
+    (top / name).mkdir()
+    return name, str(top / name), [*flags, *arguments]
 
 
 def _files(folder: Path) -> list[str]:
@@ -46,53 +83,42 @@ def _files(folder: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
-def test_dry_run_plans_every_stage_without_importing_the_science_or_writing(config, tmp_path):
-    done = snakemake(tmp_path, "--dry-run", config=config)
-    assert "status 0" in done.stdout, done.stderr
-    assert "heavy []" in done.stdout
-    assert _files(tmp_path) == []
-    values = load_config(config)
-    text = done.stdout + done.stderr
+def test_dry_run_plans_every_stage_without_importing_the_science_or_writing(config, cases):
+    folder, text = cases[f"dry-{config.stem}"]
+    assert "status 0" in text, text
+    assert "heavy []" in text
+    assert _files(folder) == []
     for stage in ("prepare", "reference", "shard", "train-flow", "distill", "compare", "report"):
         assert f"{stage}: " in text
-    for method in values.sample.methods:
-        assert text.count(f"sample: {method} of alanine-dipeptide") == values.sample.seeds
+    sample = load_config(config).sample
+    for method in sample.methods:
+        assert text.count(f"sample: {method} of alanine-dipeptide") == sample.seeds
 
 
-def test_slurm_profile_plans_without_slurm(tmp_path):
-    done = snakemake(tmp_path, "--dry-run", "--executor", "slurm", profile="slurm")
-    assert "status 0" in done.stdout, done.stderr
+def test_slurm_profile_plans_without_slurm(cases):
+    assert "status 0" in cases["slurm"][1], cases["slurm"][1]
 
 
-def test_a_method_that_needs_no_network_trains_none(tmp_path):
-    config = tmp_path / "md.yaml"
-    config.write_text("run: {name: md-only}\nsample: {methods: [md], seeds: 1}\n")
-    done = snakemake(tmp_path, "--dry-run", config=config)
-    assert "sample: md of" in done.stdout + done.stderr
-    assert not re.search("train-flow: |distill: ", done.stdout + done.stderr)
+def test_a_method_that_needs_no_network_trains_none(cases):
+    text = cases["md-only"][1]
+    assert "sample: md of" in text
+    assert not re.search("train-flow: |distill: ", text)
 
 
-def test_an_unknown_key_is_one_line_and_a_failure(tmp_path):
-    config = tmp_path / "bad.yaml"
-    config.write_text("flow: {hiden: 3}\n")
-    done = snakemake(tmp_path, "--dry-run", config=config)
-    assert "status 0" not in done.stdout
-    text = done.stdout + done.stderr
+def test_an_unknown_key_is_one_line_and_a_failure(cases):
+    folder, text = cases["bad"]
+    assert "status 0" not in text
     assert text.count("unknown configuration key 'flow.hiden'; did you mean 'flow.hidden'?") == 1
     assert "Traceback" not in text
-    assert not (tmp_path / "results").exists()
+    assert _files(folder) == []
 
 
-def test_a_run_of_a_folder_in_use_is_refused_in_one_line(tmp_path):
-    folder = tmp_path / "results" / "smoke"
-    folder.mkdir(parents=True)
-    with lock_folder(folder):
-        done = snakemake(tmp_path)
-    text = done.stdout + done.stderr
-    assert "status 0" not in done.stdout
+def test_a_run_of_a_folder_in_use_is_refused_in_one_line(cases):
+    folder, text = cases["in-use"]
+    assert "status 0" not in text
     assert text.count("longstride: error: results/smoke is in use by another run (process ") == 1
     assert "Traceback" not in text
-    assert _files(folder) == [".lock"]  # not even the configuration was frozen
+    assert _files(folder) == ["results/smoke/.lock"]  # not even the configuration was frozen
 
 
 def test_the_default_configuration_shows_every_key_with_its_default():
