@@ -81,6 +81,7 @@ def analyse(molecule: Molecule, samples: SampleSet, cells: list[Cell], section: 
         seed: of clustering and bootstraps.
     """
     torsions = molecule.torsions
+    cells = sorted(cells, key=lambda one: (one.method, one.seed))  # results must not depend on the order of arguments
     reference = model_reference(samples, torsions, section, seed=seed)
     own_target = str(samples.manifest["target"])
     pooled = pooled_sets(cells)
@@ -90,7 +91,7 @@ def analyse(molecule: Molecule, samples: SampleSet, cells: list[Cell], section: 
             single = pooled.get((target, "sts"))
             baselines[target] = None if single is None else baseline_of_method("sts", [single], reference, torsions, section)
     entries = []
-    for cell in sorted(cells, key=lambda one: (one.method, one.seed)):
+    for cell in cells:
         target = "" if cell.samples is None else str(cell.samples.manifest["target"])
         identity = job_seed(seed, cell.method, cell.seed)
         entries.append(analyse_method(cell, torsions, section, reference, baselines.get(target), seed=identity))

@@ -160,11 +160,12 @@ def preparation_seconds(run: Path, system: str, method: str) -> float | None:
     """
     reference = _manifest(run / "reference" / system) or {}
     trained = _manifest(run / ("distill" if method == "mts" else "flow") / system) or {}
-    parts = [reference.get("wall_s"), trained.get("train_wall_s")]
-    if any(not isinstance(part, int | float) for part in parts):
-        return None
-    extra = trained.get("label_wall_s") if method == "mts" else 0.0
-    return float(parts[0]) + float(parts[1]) + float(extra or 0.0)
+    total = 0.0
+    for part in (reference.get("wall_s"), trained.get("train_wall_s")):
+        if not isinstance(part, int | float):
+            return None
+        total += part
+    return total + float(trained.get("label_wall_s") or 0.0)
 
 
 def _plain_rate(content: dict[str, Any], entry: dict[str, Any]) -> float | None:

@@ -55,9 +55,8 @@ def reference_sentences(content: dict[str, Any]) -> list[str]:
         f" {reference['n_chains']} trajectories hold {total} ps in all."
     )
     if reference["estimators_differ_by"] is not None:
-        found.append(
-            f"deeptime and PyEMMA differ by at most {100 * reference['estimators_differ_by']:.2g} % on the implied timescales that are longer than the lag."
-        )
+        percent = f"{100 * reference['estimators_differ_by']:.2g}"
+        found.append(f"deeptime and PyEMMA differ by at most {percent} % on implied timescales longer than the lag.")
     return found
 
 
@@ -132,7 +131,8 @@ def agreement_row(entry: dict[str, Any], primary: str | None) -> list[dict[str, 
         cells.append({"text": "–", "small": grid["statement"]})
     else:
         inside = "" if grid["within_two_errors"] is None else f"{100 * grid['within_two_errors']:.0f} % within 2 errors, "
-        small = f"errors alone: {number(grid['expected'], 2)}; {inside}{grid['missing']} of {grid['bins'] + grid['missing']} missing"
+        missing = f"{grid['missing']} of {grid['bins'] + grid['missing']} bins missing"
+        small = f"errors alone: {number(grid['expected'], 2)}; {inside}{missing}"
         cells.append({"text": number(grid["rmse"], 2), "small": small})
     energy = entry["energy"]
     cells.append({"text": with_interval(energy["difference"], 2), "small": ""})

@@ -1,0 +1,200 @@
+import csv
+import json
+import shutil
+
+import numpy as np
+import pytest
+from fake_run import TRUE_DELTA_F, sample_folders
+
+from conftest import SECTION
+from longstride.data.atomic import read_arrays, write_arrays
+from longstride.data.manifest import read_manifest, write_manifest
+from longstride.errors import DataError
+from longstride.stages import compare
+
+
+@pytest.fixture(scope="module")
+def content(compared):
+    return json.loads((compared / "comparison.json").read_text())
+
+
+def entry_of(content, method, seed=0):
+    return next(one for one in content["methods"] if (one["method"], one["seed"]) == (method, seed))
+
+
+def summary(compared, tmp_path):
+    compare.summarise([compared / "comparison.json"], tmp_path / "summary.csv")
+    with (tmp_path / "summary.csv").open(newline="") as handle:
+        return list(csv.DictReader(handle))
+
+
+def test_every_output_is_named_in_the_manifest(compared):
+    manifest = read_manifest(compared, kind="compare")
+    assert set(manifest["files"]) == {path.name for path in compared.iterdir()} - {"manifest.json"}
+    for name in ("ramachandran.svg", "rates.svg", "timescales.svg", "free_energy_map.csv", "comparison.json"):
+        assert name in manifest["files"]
+
+
+def test_one_row_per_cell_and_absent_ones_too(compared, tmp_path):
+    rows = summary(compared, tmp_path)
+    cells = [(row["method"], row["seed"]) for row in rows]
+    assert len(cells) == len(set(cells)) == 12
+    assert cells[0] == ("reference", "")
+    absent = rows[-1]
+    assert (absent["method"], absent["seed"], absent["status"]) == ("timewarp", "7", "absent: not sampled")
+    assert absent["ess"] == ""
+
+
+def test_the_exact_method_agrees_and_the_biased_one_does_not(content):
+    exact, biased = entry_of(content, "timewarp"), entry_of(content, "explore")
+    name = content["primary_pair"][0]
+    assert exact["delta_f"][name]["low"] < TRUE_DELTA_F < exact["delta_f"][name]["high"]
+    assert biased["delta_f"][name]["high"] < TRUE_DELTA_F - 1
+    assert exact["energy"]["statement"].startswith("same distribution")
+    assert biased["energy"]["statement"] == "another distribution", "negative control: 20 K hotter"
+    assert exact["ess"]["value"] == pytest.approx(1440 / 3, rel=0.4)  # keeps its state half of the time: tau = 3
+
+
+def test_methods_are_compared_only_within_their_target(content):
+    assert entry_of(content, "md")["baseline"].startswith("reference")
+    assert entry_of(content, "mts")["baseline"] == "sts, all seeds"
+    assert entry_of(content, "sts")["baseline"] == "is the baseline"
+    assert entry_of(content, "sts")["energy"]["ks"] is None
+    by_method = {one["method"]: one for one in content["speedups"]}
+    assert set(by_method) == {"timewarp", "mts"}, "biased methods and baselines have no speed-up"
+    assert by_method["mts"]["versus"] == "sts"
+    assert by_method["mts"]["throughput_ratio"] == pytest.approx(2.5)
+    assert by_method["mts"]["against_msm"]["value"] is None
+
+
+def test_kinetics_only_for_physical_time(content):
+    assert entry_of(content, "timewarp")["timescales"]["lags"] == []
+    assert "not physical time" in entry_of(content, "timewarp")["timescales"]["note"]
+    assert entry_of(content, "md")["timescales"]["lags"]
+
+
+def test_unvisited_basins_are_undefined_not_zero(content):
+    one = entry_of(content, "mts")["delta_f"][content["primary_pair"][0]]
+    assert one["value"] is None
+    assert "never visited" in one["note"]
+    assert entry_of(content, "mts")["basins_visited"] == 1
+
+
+def test_temperatures_come_from_velocities(content):
+    elements = entry_of(content, "md")["temperature"]["elements"]
+    assert set(elements) == {"all", "C", "H", "N", "O"}
+    for one in elements.values():
+        assert abs(one["value"] - 310) < 5 * (one["high"] - one["low"]) / 3.92
+    assert entry_of(content, "timewarp")["temperature"]["elements"] == {}
+
+
+def test_same_seed_gives_the_same_summary_whatever_the_speed(run_folder, compared, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(run_folder, copy)
+    for folder in sample_folders(copy):
+        path = folder / "manifest.json"
+        manifest = json.loads(path.read_text())
+        manifest["timing"]["sampling_s"] *= 3.7
+        path.write_text(json.dumps(manifest))
+    folders = [copy / "sample/fake/timewarp/seed7", *reversed(sample_folders(copy))]
+    compare.run(
+        SECTION,
+        prepared=copy / "prepare/fake",
+        reference=copy / "reference/fake",
+        samples=folders,
+        out=tmp_path / "again",
+        seed=3,
+        threads=1,
+    )
+    first, second = summary(compared, tmp_path), summary(tmp_path / "again", tmp_path)
+    slow = [key for key in first[0] if key.endswith("_s")]
+    assert set(slow) == {
+        "ess_per_s", "ess_ci_low_per_s", "ess_ci_high_per_s", "simulated_ps_per_s", "sampling_wall_s", "burn_in_wall_s",
+    }  # fmt: skip
+    assert first != second
+    for a, b in zip(first, second, strict=True):
+        assert {key: a[key] for key in a if key not in slow} == {key: b[key] for key in b if key not in slow}
+    for name in ("ramachandran.svg", "energies.svg", "free_energy_map.csv"):
+        assert (compared / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
+
+
+def copy_one(run_folder, tmp_path, method="timewarp"):
+    folder = tmp_path / "sample" / "fake" / method / "seed0"
+    shutil.copytree(run_folder / "sample/fake" / method / "seed0", folder)
+    return folder
+
+
+def rewrite(folder, arrays, **changes):
+    manifest = json.loads((folder / "manifest.json").read_text())
+    write_arrays(folder / "samples.safetensors", arrays)
+    content = {key: value for key, value in manifest.items() if key not in ("kind", "files")} | changes
+    write_manifest(folder, kind="samples", files=["samples.safetensors"], content=content)
+
+
+def compare_one(run_folder, folder, out):
+    compare.run(
+        SECTION,
+        prepared=run_folder / "prepare/fake",
+        reference=run_folder / "reference/fake",
+        samples=[folder],
+        out=out,
+        seed=3,
+        threads=1,
+    )
+    return json.loads((out / "comparison.json").read_text())["methods"][0]
+
+
+def test_energies_that_are_not_finite_are_shown_with_a_status(run_folder, tmp_path):
+    folder = copy_one(run_folder, tmp_path)
+    arrays, _ = read_arrays(folder / "samples.safetensors")
+    arrays["potential_energy"][2, 1] = np.nan
+    rewrite(folder, arrays)
+    entry = compare_one(run_folder, folder, tmp_path / "out")
+    assert entry["status"].startswith("not finite")
+    assert entry["energy"]["mean"]["value"] is None
+
+
+def test_a_handful_of_saves_is_undefined(run_folder, tmp_path):
+    folder = copy_one(run_folder, tmp_path)
+    arrays, _ = read_arrays(folder / "samples.safetensors")
+    rewrite(folder, {key: value[:3] for key, value in arrays.items()})
+    entry = compare_one(run_folder, folder, tmp_path / "out")
+    assert entry["status"].startswith("ESS undefined")
+    assert "too short" in entry["status"]
+    assert entry["ess_per_s"]["value"] is None
+
+
+def test_samples_of_another_potential_are_refused(run_folder, tmp_path):
+    folder = copy_one(run_folder, tmp_path)
+    arrays, _ = read_arrays(folder / "samples.safetensors")
+    rewrite(folder, arrays, system_hash="0" * 64)
+    with pytest.raises(DataError, match="another potential"):
+        compare_one(run_folder, folder, tmp_path / "out")
+
+
+def test_altered_or_incomplete_files_are_refused(run_folder, tmp_path):
+    folder = copy_one(run_folder, tmp_path)
+    data = (folder / "samples.safetensors").read_bytes()
+    (folder / "samples.safetensors").write_bytes(data[:-100])
+    with pytest.raises(DataError, match="truncated"):
+        compare_one(run_folder, folder, tmp_path / "out")
+    (folder / "samples.safetensors").write_bytes(data)
+    arrays, _ = read_arrays(folder / "samples.safetensors")
+    rewrite(folder, {"positions": arrays["positions"]})
+    with pytest.raises(DataError, match="has no potential_energy"):
+        compare_one(run_folder, folder, tmp_path / "out")
+
+
+def test_masses_that_do_not_fit_the_kinetic_energy_are_not_used(run_folder, tmp_path):
+    folder = copy_one(run_folder, tmp_path, "md")
+    arrays, _ = read_arrays(folder / "samples.safetensors")
+    arrays["kinetic_energy"] = 1.4 * arrays["kinetic_energy"]
+    rewrite(folder, arrays)
+    temperature = compare_one(run_folder, folder, tmp_path / "out")["temperature"]
+    assert set(temperature["elements"]) == {"all"}
+    assert "masses_Da" in temperature["note"]
+
+
+def test_summary_of_a_missing_comparison_is_one_line(tmp_path):
+    with pytest.raises(DataError, match="run the compare stage"):
+        compare.summarise([tmp_path / "comparison.json"], tmp_path / "summary.csv")

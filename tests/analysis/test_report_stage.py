@@ -1,0 +1,125 @@
+import json
+import re
+import shutil
+from html.parser import HTMLParser
+
+import pytest
+
+from longstride.analysis.svg_inline import inline
+from longstride.analysis.verdict import break_even, number, with_interval
+from longstride.config import Config, SystemConfig
+from longstride.errors import DataError
+from longstride.stages import compare, report
+
+CONFIG = Config(systems=(SystemConfig(name="fake", sequence="ACE-ALA-NME"), SystemConfig(name="other", sequence="AA")))
+
+
+@pytest.fixture(scope="module")
+def page(run_folder, compared, tmp_path_factory):
+    root = tmp_path_factory.mktemp("report")
+    for stage in ("reference", "sample"):
+        for manifest in (run_folder / stage).rglob("manifest.json"):
+            target = root / manifest.relative_to(run_folder)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(manifest, target)
+    shutil.copytree(compared, root / "compare/fake")
+    (root / "flow/fake").mkdir(parents=True)
+    rows = "\n".join(f"{k},{k / 10},{2.0 / (k + 1)},{k / 100}" for k in range(0, 50, 10))
+    (root / "flow/fake/metrics.csv").write_text("step,wall_s,train_nll,acceptance_<b>\n" + rows + "\n")
+    (root / "flow/fake/manifest.json").write_text(json.dumps({"kind": "flow", "train_wall_s": 100.0, "files": {}}))
+    compare.summarise([root / "compare/fake/comparison.json"], root / "summary.csv")
+    report.run(CONFIG, run_folder=root, out=root / "report.html")
+    return (root / "report.html").read_text()
+
+
+class Checker(HTMLParser):
+    """Collects ids, references and open tags."""
+
+    VOID = frozenset({"meta", "br", "hr", "img", "link", "input"})
+
+    def __init__(self):
+        super().__init__()
+        self.ids, self.references, self.stack, self.unlabelled = [], [], [], 0
+
+    def handle_starttag(self, tag, attrs):
+        values = dict(attrs)
+        if "id" in values:
+            self.ids.append(values["id"])
+        for key in ("href", "xlink:href", "src"):
+            if key in values:
+                self.references.append(values[key])
+        self.unlabelled += tag == "svg" and not values.get("aria-label")
+        if tag not in self.VOID:
+            self.stack.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.handle_starttag(tag, attrs)
+        if tag not in self.VOID:
+            self.stack.pop()
+
+    def handle_endtag(self, tag):
+        assert self.stack.pop() == tag
+
+
+def test_the_page_is_well_formed_and_needs_nothing_else(page):
+    checker = Checker()
+    checker.feed(page)
+    assert checker.stack == []
+    assert len(checker.ids) == len(set(checker.ids)), "figures share ids"
+    assert checker.unlabelled == 0
+    outside = [one for one in checker.references if not one.startswith(("#", "data:"))]
+    assert outside == []
+    inside = {one[1:] for one in checker.references if one.startswith("#")}
+    assert inside <= set(checker.ids)
+    assert not re.search(r"@import|url\((?!#)", page)
+
+
+def test_the_page_says_what_matters(page):
+    for text in ("ESS per second of md", "MSM", "raw histogram", "absent: not sampled", "No comparison for: other"):
+        assert text in page
+    for word in ("exact", "unadjusted", "biased"):
+        assert f'class="tag {word}"' in page
+    assert "Training of the flow" in page
+    assert "acceptance &lt;b&gt;" in page, "names from files are escaped"
+    assert "hydrogen_mass_Da" in page, "the resolved configuration is shown"
+    assert "numpy 2." in page
+
+
+def test_missing_inputs_are_one_line(tmp_path, compared):
+    with pytest.raises(DataError, match="run the summary stage first"):
+        report.run(CONFIG, run_folder=tmp_path, out=tmp_path / "report.html")
+    compare.summarise([compared / "comparison.json"], tmp_path / "summary.csv")
+    with pytest.raises(DataError, match="run the compare stage first"):
+        report.run(CONFIG, run_folder=tmp_path, out=tmp_path / "report.html")
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_inlined_figures_keep_their_own_ids():
+    svg = '<?xml version="1.0"?><svg width="72pt" height="36pt" viewBox="0 0 72 36"><metadata>x</metadata>'
+    svg += '<g id="a" clip-path="url(#c)"><use xlink:href="#a"/></g></svg>'
+    text = inline(svg, prefix="f1-", alt='a "b" <c>')
+    assert 'id="f1-a"' in text
+    assert "url(#f1-c)" in text
+    assert 'href="#f1-a"' in text
+    assert "metadata" not in text
+    assert "&quot;b&quot; &lt;c&gt;" in text
+    assert 'width="72pt"' not in text
+    with pytest.raises(ValueError, match="no <svg>"):
+        inline("<html>", prefix="f", alt="")
+
+
+def test_numbers_for_people():
+    assert number(None) == "–"
+    assert number(12345.6) == "12,346"
+    assert number(0.012345) == "0.0123"
+    assert with_interval({"value": None, "low": None, "high": None, "note": "why"}) == "undefined: why"
+    assert with_interval({"value": 1.0, "low": None, "high": 2.0, "note": ""}) == "1 (-∞ to 2)"
+
+
+def test_break_even_arithmetic():
+    entry = {"measured": {"value": 5.0}, "against_msm": {"value": None}, "plain_ess_per_s": 2.0}
+    # 100 s of preparation; 2 ESS/s against 10 ESS/s: E / 2 = 100 + E / 10 at E = 250, 125 s of plain dynamics
+    assert "250 effective samples, or 125 s" in break_even(entry, preparation_s=100.0)
+    assert "never pays back" in break_even(entry | {"measured": {"value": 0.5}}, preparation_s=100.0)
+    assert "undefined" in break_even(entry, preparation_s=None)
+    assert "undefined" in break_even(entry | {"measured": {"value": None}}, preparation_s=1.0)
