@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 BLOCK_ELEMENTS = 500_000
 BLOCK_ELEMENTS_GPU = 200_000_000
 SMALLEST_BLOCK, LARGEST_BLOCK, LARGEST_BLOCK_GPU = 16, 1024, 65536
+VECTOR = 16  # blocks of compiled code are padded to whole vectors, so that a lane's result never depends on its neighbours
 
 
 def compiler_available() -> bool:
@@ -98,8 +99,8 @@ class AmberPotential:
             name: label of the target distribution.
             dtype: torch.float64, or torch.float32 for speed.
             device: "cpu", "cuda", ...
-            compile: use torch.compile. The first call of each kind and batch size takes 10-40 s (cached on disk), later
-                ones are 5-15 times faster.
+            compile: use torch.compile. The first call of each kind takes 10-40 s (less when cached on disk), later ones
+                are 5-15 times faster.
 
         Raises:
             LongstrideError: a force or expression that is not supported, by name; no C++ compiler for compile=True.
@@ -135,10 +136,9 @@ class AmberPotential:
         with torch.inference_mode(mode=False), torch.no_grad():
             energies = torch.empty(count, dtype=self.dtype, device=self.device)
             gradients = torch.empty(positions.shape if gradient else (0,), dtype=self.dtype, device=self.device)
-            lanes = self._lanes(count)
             for start in range(0, count, self.block):
                 part = positions[start : start + self.block]
-                block = self._transposed(part, lanes)
+                block = self._transposed(part)
                 if gradient:
                     value, slope = self._energy_gradient(block)
                     gradients[start : start + len(part)] = slope[..., : len(part)].permute(2, 1, 0)
@@ -147,21 +147,18 @@ class AmberPotential:
                 energies[start : start + len(part)] = value[: len(part)]
         return energies, gradients
 
-    def _lanes(self, count: int) -> int:
-        """Width of a block: for compiled code a power of two, so that few versions are ever compiled."""
-        if not self.compiled:
-            return 0
-        return min(self.block, max(SMALLEST_BLOCK, 1 << max(count - 1, 0).bit_length()))
-
-    def _transposed(self, part: Tensor, lanes: int) -> Tensor:
+    def _transposed(self, part: Tensor) -> Tensor:
         """Return [3, atom, lane] in the potential's type; spare lanes repeat the first configuration."""
         if part.dtype.itemsize > self.dtype.itemsize:
             # differences survive the conversion best near the origin; the energy does not depend on the shift
             part = part - part[:, :1]
-        block = torch.empty(3, part.shape[1], max(lanes, len(part)), dtype=self.dtype, device=self.device)
+        lanes = -(-len(part) // VECTOR) * VECTOR if self.compiled else len(part)
+        block = torch.empty(3, part.shape[1], lanes, dtype=self.dtype, device=self.device)
         block[..., : len(part)] = part.permute(2, 1, 0)
         if lanes > len(part):
             block[..., len(part) :] = block[..., :1]
+        if self.compiled:
+            torch._dynamo.mark_dynamic(block, 2)
         return block
 
 
@@ -188,8 +185,9 @@ def _with_gradient(terms: AmberEnergy) -> Callable[[Tensor], tuple[Tensor, Tenso
 
 
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    # one version per batch size; versions of other molecules must not count against this one's limit
-    return torch.compile(function, fullgraph=True, dynamic=False, recompile_limit=64, isolate_recompiles=True)
+    # one version for all batch sizes; versions for other molecules must not count against this one's limit
+    options: dict[str, Any] = {"fullgraph": True, "isolate_recompiles": True}
+    return torch.compile(function, **options)
 
 
 class _Differentiable(torch.autograd.Function):

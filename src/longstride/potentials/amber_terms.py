@@ -7,7 +7,7 @@ trailing axis of length one to match. Lengths nm, energies kJ/mol.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -167,6 +167,11 @@ class BornRadii(_Term):
     scaled: Tensor
     rho: Tensor
     other: Tensor
+    same: Tensor
+    series: Tensor
+    d0: Tensor
+    m0: Tensor
+    reach: Tensor
 
     def __init__(self, p: BornParameters) -> None:
         count = len(p.radius)
@@ -219,6 +224,7 @@ class BornEnergy(_Term):
     own: Tensor
     qq: Tensor
     rho: Tensor
+    tension: Tensor
 
     def __init__(self, p: BornParameters, pairs: np.ndarray) -> None:
         arrays = {
@@ -265,6 +271,10 @@ class Nonbonded(_Term):
     qq: Tensor
     a: Tensor
     b: Tensor
+    exception_atoms: Tensor
+    exception_qq: Tensor
+    exception_a: Tensor
+    exception_b: Tensor
 
     def __init__(self, p: NonbondedParameters, born: BornParameters | None) -> None:
         super().__init__(
@@ -281,7 +291,7 @@ class Nonbonded(_Term):
         arm = _between(x, first, second)
         r2 = _dot(arm, arm)
         energy = self._direct(r2)
-        if self.radii is None:
+        if self.radii is None or self.polar is None:
             return energy.sum(0) + self._exceptions(x)
         born = self.radii(x)
         energy = energy + self.polar.pairs(r2, born[first] * born[second])
@@ -311,7 +321,9 @@ class AmberEnergy(nn.Module):
 
     def __init__(self, p: AmberParameters) -> None:
         super().__init__()
-        kinds = ((Bonds, p.bonds), (Angles, p.angles), (Torsions, p.torsions), (TorsionMaps, p.maps))
+        kinds: tuple[tuple[Any, Any], ...] = (
+            (Bonds, p.bonds), (Angles, p.angles), (Torsions, p.torsions), (TorsionMaps, p.maps)
+        )  # fmt: skip
         terms: list[nn.Module] = [kind(values) for kind, values in kinds if values is not None]
         if p.nonbonded is not None:
             terms.append(Nonbonded(p.nonbonded, p.born))
