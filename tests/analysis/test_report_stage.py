@@ -114,6 +114,7 @@ def test_numbers_for_people():
     assert number(0.012345) == "0.0123"
     assert with_interval({"value": None, "low": None, "high": None, "note": "why"}) == "undefined: why"
     assert with_interval({"value": 1.0, "low": None, "high": 2.0, "note": ""}) == "1 (-∞ to 2)"
+    assert with_interval({"value": 1.0, "low": 0.5, "high": 2.0, "note": ""}, unit="kT") == "1 (0.5 to 2) kT"
 
 
 def test_break_even_arithmetic():

@@ -216,6 +216,17 @@ def _estimate(values: dict[str, Any]) -> Estimate:
     return Estimate(value=values["value"], low=values["low"], high=values["high"], note=values["note"])
 
 
+def _crossing_time(reference: ReferenceModel, section: CompareConfig) -> Estimate:
+    # without all basins in the connected set the slowest timescale is that of some faster process inside one of them
+    for name, entry in reference.delta_f_msm.items():
+        if not entry.defined:
+            return undefined(f"the MSM of the reference does not connect the basins of {name}")
+    if reference.kinetics is None:
+        return undefined("no torsions")
+    spacing = float(reference.samples.manifest["frame_spacing_ps"])
+    return reference.kinetics.slowest(lag_frames(section.msm_lag_ps, spacing))
+
+
 def speedups(
     pooled: list[dict[str, Any]], reference_entry: dict[str, Any], reference: ReferenceModel, section: CompareConfig
 ) -> list[dict[str, Any]]:
@@ -232,10 +243,7 @@ def speedups(
         plain = next((one for one in pooled if one["target"] == entry["target"] and one["method"] in BASELINE_METHODS), None)
         own = entry["target"] == reference_entry["target"]
         rate = plain["throughput_ps_per_s"] if plain else (reference_entry["throughput_ps_per_s"] if own else None)
-        spacing = float(reference.samples.manifest["frame_spacing_ps"])
-        slowest = undefined("no MSM of this target")
-        if own and reference.kinetics is not None:
-            slowest = reference.kinetics.slowest(lag_frames(section.msm_lag_ps, spacing))
+        slowest = _crossing_time(reference, section) if own else undefined("no MSM of this target")
         from_msm = dynamics_rate(slowest, rate)
         measured = undefined("no plain dynamics on this target") if plain is None else _estimate(plain["ess_per_s"])
         this = _estimate(entry["ess_per_s"])

@@ -88,7 +88,9 @@ def compare_energies(
         statement = "the effective sizes are undefined, so agreement cannot be judged"
         return EnergyComparison(mean=mean, difference=_difference(mean, base), ks=distance, ks_noise=None, statement=statement)
     noise = KS_95 * math.sqrt((sizes[0] + sizes[1]) / (sizes[0] * sizes[1]))
-    statement = "same distribution as far as these samples can tell" if distance <= noise else "another distribution"
+    statement = (
+        "same distribution as far as these samples can tell" if distance <= noise else "differs beyond the 95 % noise level"
+    )
     return EnergyComparison(
         mean=mean, difference=_difference(mean, base), ks=distance, ks_noise=min(noise, 1.0), statement=statement
     )

@@ -244,6 +244,8 @@ def _status(cell: Cell, entry: dict[str, Any]) -> str:
         return f"ESS undefined: {entry['ess']['note']}"
     if entry["rhat_max"] is not None and entry["rhat_max"] > MIXED_RHAT:
         return f"not mixed: R-hat {entry['rhat_max']:.2f}"
+    if any(one["fraction"] in (0.0, 1.0) for one in entry["delta_f"].values()):
+        return "one phi basin only"
     return "ok"
 
 

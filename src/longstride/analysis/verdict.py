@@ -26,15 +26,16 @@ def number(value: float | None, digits: int = 3) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.{digits}g}"
 
 
-def with_interval(estimate: dict[str, Any], digits: int = 3) -> str:
-    """Return "value (low to high)", or "undefined: reason"."""
+def with_interval(estimate: dict[str, Any], digits: int = 3, *, unit: str = "") -> str:
+    """Return "value (low to high) unit", or "undefined: reason"."""
+    tail = f" {unit}" if unit else ""
     if estimate["value"] is None:
         return f"undefined: {estimate['note']}" if estimate["note"] else "undefined"
     if estimate["low"] is None and estimate["high"] is None:
-        return f"{number(estimate['value'], digits)} (no interval)"
+        return f"{number(estimate['value'], digits)}{tail} (no interval)"
     low = "-∞" if estimate["low"] is None else number(estimate["low"], digits)
     high = "∞" if estimate["high"] is None else number(estimate["high"], digits)
-    return f"{number(estimate['value'], digits)} ({low} to {high})"
+    return f"{number(estimate['value'], digits)} ({low} to {high}){tail}"
 
 
 def reference_sentences(content: dict[str, Any]) -> list[str]:
@@ -43,20 +44,20 @@ def reference_sentences(content: dict[str, Any]) -> list[str]:
     found = []
     for name, entry in reference["delta_f"].items():
         found.append(
-            f"ΔF({name}) from phi < 0 to phi ≥ 0 is {with_interval(entry)} kT by the MSM; the raw histogram of the seeded"
-            f" trajectories would say {with_interval(entry['raw'])} kT. The trajectories cross {entry['crossings']} times."
+            f"ΔF({name}) from phi < 0 to phi ≥ 0 by the MSM: {with_interval(entry, unit='kT')}. The raw histogram of the"
+            f" seeded trajectories: {with_interval(entry['raw'], unit='kT')}. They cross {entry['crossings']} times."
         )
     if reference["msm"]["note"]:
         found.append(f"Limits of the reference: {reference['msm']['note']}.")
     slowest = reference["msm"]["slowest_timescale_ps"]
     total = number(reference["simulated_ps"])
     found.append(
-        f"Slowest implied timescale at a lag of {number(reference['msm']['lag_ps'])} ps: {with_interval(slowest)} ps;"
+        f"Slowest implied timescale at a lag of {number(reference['msm']['lag_ps'])} ps: {with_interval(slowest, unit='ps')};"
         f" {reference['n_chains']} trajectories hold {total} ps in all."
     )
     if reference["estimators_differ_by"] is not None:
-        percent = f"{100 * reference['estimators_differ_by']:.2g}"
-        found.append(f"deeptime and PyEMMA differ by at most {percent} % on implied timescales longer than the lag.")
+        percent = max(100 * reference["estimators_differ_by"], 0.1)
+        found.append(f"deeptime and PyEMMA agree within {percent:.2g} % on implied timescales longer than the lag.")
     return found
 
 
@@ -104,7 +105,9 @@ def break_even(entry: dict[str, Any], *, preparation_s: float | None) -> str:
 def _judged(z: float | None, statement: str) -> str:
     if z is None:
         return "undefined" if statement.startswith("undefined") else "undecided"
-    return "agrees" if abs(z) <= 2 else "differs"
+    if abs(z) > 2:
+        return "differs"
+    return "not excluded (wide errors)" if "too wide" in statement else "agrees"
 
 
 def agreement_row(entry: dict[str, Any], primary: str | None) -> list[dict[str, str]]:
