@@ -171,7 +171,9 @@ class FlowSampling(Section):
     independent_probability: float = Field(
         0.3, ge=0, le=1, description="probability of a proposal that does not see x; the lags share the rest"
     )
-    compile_energy: bool = Field(default=True, description="compile the target energy (slower start, several times faster)")
+    compile_energy: bool | None = Field(
+        None, description="compile the target energy, several times faster after 10-40 s; null: where a C++ compiler is found"
+    )
     checkpoint_every: int = Field(200, ge=1, description="proposals between checkpoints")
     burn_in: int = Field(200, ge=0, description="proposals per chain discarded before the first saved one")
 

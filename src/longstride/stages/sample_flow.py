@@ -17,7 +17,7 @@ from longstride.mcmc.explore import explore
 from longstride.mcmc.metropolis import boltzmann, checked_starts, start_chains
 from longstride.mcmc.run import Saved, Schedule, Tally, run
 from longstride.mcmc.timewarp import timewarp
-from longstride.potentials.amber import AmberPotential
+from longstride.potentials.amber import AmberPotential, compiler_available
 from longstride.provenance import provenance
 from longstride.seeds import job_seed
 from longstride.state import State
@@ -82,8 +82,9 @@ def _sample(
         raise DataError(f"{folders['reference']} belongs to another molecule or force field than {folders['prepared']}")
     kT = thermal_energy(trained["temperature_K"])
     network = load_flow(folders["flow"] / "model.safetensors", molecule)
+    compiled = compiler_available() if section.compile_energy is None else section.compile_energy
     potential = AmberPotential.from_openmm(
-        molecule.openmm_system, molecule.system, name=molecule.target, dtype=torch.float64, compile=section.compile_energy
+        molecule.openmm_system, molecule.system, name=molecule.target, dtype=torch.float64, compile=compiled
     )
     starts = start_positions(folders["reference"], count=section.chains, seed=job_seed(seed, "starts"))
     x = State(positions=torch.from_numpy(starts))

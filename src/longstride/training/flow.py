@@ -168,7 +168,11 @@ class EnergyLoss:
 
     def _reduced(self, flow: InternalFlow, internals: Internals) -> Tensor:
         """Return log pi in internal coordinates, -U/kT + log measure, [batch]."""
-        energy = self.potential.energy(State(positions=flow.zmatrix.to_cartesian(internals)))
+        positions = flow.zmatrix.to_cartesian(internals)
+        if positions.requires_grad:
+            # a masked loss sends back zero times the force, which is NaN where atoms overlap
+            positions.register_hook(lambda gradient: gradient.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0))
+        energy = self.potential.energy(State(positions=positions))
         return internals.log_measure() - energy.double() / self.kT
 
 
