@@ -49,6 +49,7 @@ wildcard_constraints:
 localrules:
     all,
     summary,
+    report,
 
 
 onstart:
