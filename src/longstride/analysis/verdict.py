@@ -138,8 +138,9 @@ def agreement_row(entry: dict[str, Any], primary: str | None) -> list[dict[str, 
         small = f"errors alone: {number(grid['expected'], 2)}; {inside}{missing}"
         cells.append({"text": number(grid["rmse"], 2), "small": small})
     energy = entry["energy"]
-    cells.append({"text": with_interval(energy["difference"], 2), "small": ""})
+    own = entry["baseline"] == "is the baseline"
+    cells.append({"text": "–" if own else with_interval(energy["difference"], 2), "small": ""})
     noise = "" if energy["ks_noise"] is None else f"noise level {number(energy['ks_noise'], 2)}: "
-    small = energy["statement"] if energy["ks"] is None else f"{noise}{energy['statement']}"
+    small = f"{noise}{energy['statement']}" if energy["ks"] is not None else ("" if own else energy["statement"])
     cells.append({"text": number(energy["ks"], 2), "small": small})
     return cells
