@@ -27,7 +27,8 @@ def run(
 ) -> None:
     """Write trajectories and their manifest to `out`; continue from `state` where an earlier attempt stopped."""
     molecule = load_prepared(prepared)
-    system = with_masses(molecule.openmm_system, repartitioned_masses(molecule.system, section.hydrogen_mass_Da))
+    masses = repartitioned_masses(molecule.system, section.hydrogen_mass_Da)
+    system = with_masses(molecule.openmm_system, masses)
     plan = MDPlan(
         system_xml=openmm.XmlSerializer.serialize(system),
         temperature_K=physics.temperature_K,
@@ -52,6 +53,9 @@ def run(
         "trajectories": section.trajectories,
         "frame_spacing_ps": section.save_every_ps,
         "timestep_fs": section.timestep_fs,
+        "masses_Da": masses.tolist(),
+        "threads": threads,
+        "counts": {"force_calls": plan.frames * plan.steps_per_frame * section.trajectories},
         "wall_s": result.production_s + result.equilibration_s,
         "provenance": provenance(),
     }
