@@ -133,12 +133,13 @@ class DistillConfig(Section):
     """The distilled student and the teacher that labels its frames."""
 
     teacher: Literal["gfn2-xtb", "gfn1-xtb"] = Field("gfn2-xtb", description="expensive potential (tblite, in gas phase)")
-    frames: int = Field(2400, ge=20, description="teacher-labelled frames")
+    frames: int = Field(2800, ge=20, description="teacher-labelled frames, the held-out ones included")
     cutoff_nm: float = Field(0.35, gt=0.1, le=1.0, description="range of the student")
-    hidden: int = Field(64, ge=8, description="width of the student")
+    channels: int = Field(16, ge=2, description="rotation invariants per angular degree (0 to 3)")
+    hidden: int = Field(64, ge=8, description="width of the student's perceptrons")
     max_steps: int = Field(3000, ge=1, description="optimiser steps")
     batch_size: int = Field(32, ge=1, description="frames per optimiser step")
-    learning_rate: float = Field(2e-3, gt=0, description="peak learning rate")
+    learning_rate: float = Field(1e-2, gt=0, description="peak learning rate (Adam, warm-up, cosine decay)")
     checkpoint_every_steps: int = Field(250, ge=1, description="optimiser steps between checkpoints")
 
 

@@ -160,6 +160,7 @@ def run_trajectory(
     generator: Generator,
     monitor: Monitor,
     store: StateFolder,
+    equilibrate: Callable[[MDState, Generator], MDState] | None = None,
     progress: Progress | None = None,
 ) -> RunResult:
     """Run, or continue from the newest checkpoint in `store`, and return every saved frame.
@@ -175,6 +176,7 @@ def run_trajectory(
         generator: source of noise; its state is overwritten when a checkpoint is loaded.
         monitor: limits, checked after every step.
         store: open state folder.
+        equilibrate: step of the discarded part, where it differs (such as a higher friction).
         progress: told the number of finished steps.
 
     Raises:
@@ -192,7 +194,8 @@ def run_trajectory(
     frames: list[dict[str, np.ndarray]] = []
     while done < plan.total:
         noise = generator.get_state()
-        following = step(md, generator)
+        advance = equilibrate if equilibrate is not None and done < plan.n_discard else step
+        following = advance(md, generator)
         try:
             monitor.check(following, time_ps=plan.time_ps(done + 1))
         except NumericsError as error:

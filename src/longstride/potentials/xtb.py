@@ -14,7 +14,7 @@ import os
 import selectors
 import subprocess
 import sys
-from typing import IO, TYPE_CHECKING, Literal, Self, cast
+from typing import IO, TYPE_CHECKING, Self, cast
 
 import numpy as np
 import torch
@@ -47,12 +47,10 @@ class XTBPotential:
         LongstrideError: an element or charge that the method cannot treat, or tblite is missing.
     """
 
-    def __init__(
-        self, system: System, *, method: Literal["gfn2-xtb", "gfn1-xtb"] = "gfn2-xtb", charge: int = 0, threads: int = 1
-    ) -> None:
+    def __init__(self, system: System, *, method: str = "gfn2-xtb", charge: int = 0, threads: int = 1) -> None:
         _check(system, method, charge)
         self.system = system
-        self.name = method
+        self.name: str = method
         self.charge = charge
         job = {"method": method, "atomic_numbers": [int(number) for number in system.atomic_numbers], "charge": charge}
         self._workers: list[_Worker] = []

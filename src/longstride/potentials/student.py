@@ -1,0 +1,351 @@
+"""The distilled student: a small invariant neural network of short range, fast enough to be called every femtosecond.
+
+Every atom sees its neighbours within the cutoff through moments of their distribution. With rho = r_j - r_i,
+radial functions e_n(|rho|) and the monomials M_m of rho up to degree 3 (in Cartesian form, as in moment tensor
+potentials, doi:10.1137/15M1054183), the moments of atom i are
+
+    D_i[m, (s, n)] = sum over neighbours j of element s:  M_m(rho / 1.5 Å) e_n(|rho|).
+
+Two learned mixtures A = D U and C = D V, one pair per degree l and element of i, give the rotation invariants
+p[l, q] = sum over m of degree l:  A[m, q] (C[m, q] + [l = 0]), which a perceptron per element turns into an atomic
+energy. The energy is the sum over atoms, plus one shift per element and a screened nuclear repulsion between pairs,
+which keeps atoms apart where there were no data. Everything is even under reflection, symmetric under exchange of
+atoms of one element, and twice continuously differentiable at the cutoff. Forces are the exact gradient of the energy,
+written out by hand: for a small molecule most time goes into starting tensor operations, and this starts fewer than
+automatic differentiation would.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from longstride.data.atomic import read_arrays, write_arrays
+from longstride.errors import DataError, LongstrideError
+from longstride.potentials.repulsion import ScreenedRepulsion
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from longstride.state import State, System
+
+FORMAT = "longstride student 1"
+DEGREE = 3
+LENGTH_NM = 0.15  # lengths inside the network are in units of about one bond
+ENERGY_KJ = 100.0  # energies inside the network are in units of about kT per bond stretch
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudentMetadata:
+    """What a student is and what it may be used for.
+
+    Attributes:
+        elements: atomic numbers it knows, ascending.
+        teacher: name of the potential that labelled its frames.
+        cutoff_nm: range of the interactions.
+        radial: radial functions per element.
+        channels: invariants per degree.
+        hidden: width of the perceptrons.
+    """
+
+    elements: tuple[int, ...]
+    teacher: str
+    cutoff_nm: float = 0.35
+    radial: int = 6
+    channels: int = 16
+    hidden: int = 64
+
+
+class StudentNetwork(nn.Module):
+    """Weights of a student; called with a `System` it gives the `Student` of that molecule.
+
+    Args:
+        metadata: elements, teacher and sizes.
+        generator: draws the initial weights.
+    """
+
+    def __init__(self, metadata: StudentMetadata, generator: torch.Generator | None = None) -> None:
+        super().__init__()
+        self.metadata = metadata
+        n = len(metadata.elements)
+        mixed, hidden = n * metadata.radial, metadata.hidden
+        features = (DEGREE + 1) * metadata.channels
+
+        def weights(*shape: int, fan_in: int, gain: float = 1.0) -> nn.Parameter:
+            return nn.Parameter(gain / math.sqrt(fan_in) * torch.randn(shape, generator=generator))
+
+        self.mixing = nn.ParameterList(
+            [weights(n, mixed, 2 * metadata.channels, fan_in=mixed, gain=1.5) for _ in range(DEGREE + 1)]
+        )
+        self.first = weights(n, features, hidden, fan_in=features)
+        self.first_bias = weights(n, 1, hidden, fan_in=1, gain=0.1)
+        self.second = weights(n, hidden, hidden, fan_in=hidden)
+        self.second_bias = weights(n, 1, hidden, fan_in=1, gain=0.1)
+        self.last = weights(n, 1, hidden, fan_in=hidden)
+        # energy of one atom of each element, kJ/mol; fitted, not trained, since forces do not see it
+        self.register_buffer("shifts", torch.zeros(n, dtype=torch.float64))
+
+    def forward(self, system: System) -> Student:
+        """Return the student potential of one molecule, for training or for dynamics.
+
+        Raises:
+            LongstrideError: the molecule has an element that the student was not trained on.
+        """
+        return Student(self, system)
+
+    def per_atom(self, species: Tensor) -> AtomWeights:
+        """Return the weights of every atom, [atom, ...], from those of its element."""
+        first_bias, second_bias = self.first_bias[species], self.second_bias[species]
+        mixing = tuple(weight[species] for weight in self.mixing)
+        return AtomWeights(mixing, self.first[species], first_bias, self.second[species], second_bias, self.last[species])
+
+
+class AtomWeights(NamedTuple):
+    """Weights gathered by atom: mixing [atom, element x radial, 2 channels] per degree, then the perceptron."""
+
+    mixing: tuple[Tensor, ...]
+    first: Tensor
+    first_bias: Tensor
+    second: Tensor
+    second_bias: Tensor
+    last: Tensor
+
+
+class Geometry(NamedTuple):
+    """What the energy depends on, for centre i, replica b, neighbour j. Lengths in units of LENGTH_NM.
+
+    Attributes:
+        rho: [i, b, 3, j] vector from i to j.
+        inverse_r: [i, b, j].
+        monomials: [i, b, monomial, j].
+        radial: [i, b, element x radial, j] radial functions, zero unless j is of that element.
+        radial_slope: their derivatives with respect to the distance.
+    """
+
+    rho: Tensor
+    inverse_r: Tensor
+    monomials: Tensor
+    radial: Tensor
+    radial_slope: Tensor
+
+
+def _exponents(degree: int) -> list[tuple[int, int, int]]:
+    """Exponents (a, b, c) of x^a y^b z^c of one degree, in a fixed order."""
+    return [(a, b, degree - a - b) for a in range(degree, -1, -1) for b in range(degree - a, -1, -1)]
+
+
+def _tables() -> dict[str, Tensor]:
+    """Constant matrices of the monomials up to DEGREE.
+
+    `factors`: for degree 2 and 3 the two rows (of lower degree) whose product a monomial is. `weights` [degree, monomial]:
+    multinomial coefficients, which make sum_m w M_m(a) M_m(b) = (a . b)^degree rotation invariant. `derivative`
+    [3 x lower, monomial]: dM_m/dx_a = sum over lower k of derivative[a k, m] M_k.
+    """
+    rows = [item for degree in range(DEGREE + 1) for item in _exponents(degree)]
+    lower = [item for item in rows if sum(item) < DEGREE]
+    weights = torch.zeros(DEGREE + 1, len(rows))
+    derivative = torch.zeros(3, len(lower), len(rows))
+    left, right = [], []
+    for m, item in enumerate(rows):
+        weights[sum(item), m] = math.factorial(sum(item)) / math.prod(math.factorial(power) for power in item)
+        for axis in range(3):
+            if item[axis]:
+                rest = tuple(power - (k == axis) for k, power in enumerate(item))
+                derivative[axis, lower.index(rest), m] = item[axis]
+        if sum(item) > 1:
+            axis = next(k for k in range(3) if item[k])
+            left.append(1 + axis)
+            right.append(rows.index(tuple(power - (k == axis) for k, power in enumerate(item))))
+    return {
+        "weights": weights,
+        "derivative": derivative.flatten(0, 1),
+        "left": torch.tensor(left),
+        "right": torch.tensor(right),
+    }
+
+
+class Student:
+    """The student potential of one molecule: `Potential` for dynamics, `forces` with gradients for training.
+
+    Args:
+        network: the weights; read when the student is made, for dynamics, and at every call of `network_forces`.
+        system: the molecule.
+
+    Raises:
+        LongstrideError: an element the network does not know.
+    """
+
+    def __init__(self, network: StudentNetwork, system: System) -> None:
+        known = network.metadata.elements
+        unknown = sorted({int(number) for number in system.atomic_numbers} - set(known))
+        if unknown:
+            raise LongstrideError(
+                f"this student knows the elements {list(known)}, but {system.name!r} contains atomic number {unknown[0]};"
+                " distil a student for this system"
+            )
+        self.system = system
+        self.network = network
+        self.name = f"student-of-{network.metadata.teacher}"
+        self.dtype = network.first.dtype
+        self._species = torch.tensor([known.index(int(number)) for number in system.atomic_numbers])
+        self._repulsion = ScreenedRepulsion(system.atomic_numbers)
+        self._shift = float(network.shifts[self._species].sum())
+        tables = _tables()
+        self._weights, self._derivative = tables["weights"].to(self.dtype), tables["derivative"].to(self.dtype)
+        split = 10  # the first ten monomials are those of degree 0 to 2
+        self._second = (tables["left"][: split - 4], tables["right"][: split - 4])
+        self._third = (tables["left"][split - 4 :], tables["right"][split - 4 :])
+        self._lower = split
+        self._degrees = [len(_exponents(degree)) for degree in range(DEGREE + 1)]
+        self._constant = (torch.arange(sum(self._degrees)) == 0).to(self.dtype)[:, None]
+        n = system.n_atoms
+        one_hot = torch.nn.functional.one_hot(self._species, len(known)).T.to(self.dtype)
+        self._one_hot = one_hot[:, None, :]  # [element, 1, j]
+        self._apart = (1e6 * torch.eye(n, dtype=self.dtype))[:, None, :]  # puts an atom out of its own reach
+        self._cutoff = network.metadata.cutoff_nm / LENGTH_NM
+        self._waves = (torch.arange(1, network.metadata.radial + 1) * math.pi / self._cutoff).to(self.dtype)[:, None]
+        with torch.no_grad():
+            self._atom_weights = network.per_atom(self._species)
+
+    def energy(self, x: State) -> Tensor:
+        """Return U(x), [batch] kJ/mol float64."""
+        return self.energy_forces(x)[0]
+
+    def energy_forces(self, x: State) -> tuple[Tensor, Tensor]:
+        """Return U(x), [batch] kJ/mol, and forces [batch, atom, 3] kJ/mol/nm, both float64 (evaluated in `dtype`)."""
+        with torch.inference_mode():
+            energy, forces = self._energy_forces(x.positions, self._atom_weights)
+        return energy.clone(), forces.to(torch.float64)
+
+    def network_forces(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Return energies without shifts, [batch], and forces as functions of the network's weights, for training.
+
+        Args:
+            positions: [batch, atom, 3] nm.
+        """
+        energy, forces = self._energy_forces(positions, self.network.per_atom(self._species))
+        return energy - self._shift, forces
+
+    def _energy_forces(self, positions: Tensor, weights: AtomWeights) -> tuple[Tensor, Tensor]:
+        with torch.no_grad():
+            geometry = self._geometry(positions)
+            moments = geometry.monomials @ geometry.radial.transpose(2, 3)
+        energy, gradient = self._atomic_energies(moments, weights)
+        pair = self._pair_forces(geometry, gradient)
+        total = ENERGY_KJ * energy.to(torch.float64).sum(dim=0) + self._shift
+        pair = pair * (ENERGY_KJ / LENGTH_NM)
+        r = 1 / geometry.inverse_r
+        if self._repulsion.acts((r * LENGTH_NM).square()):
+            repulsion, slope = self._repulsion.energy_and_slope(r * LENGTH_NM)
+            total = total + repulsion.sum(dim=(0, 2))
+            pair = pair + (slope * geometry.inverse_r).to(pair.dtype)[:, :, None] * geometry.rho
+        return total, (pair.sum(dim=3) - pair.sum(dim=0).transpose(1, 2).transpose(0, 1)).transpose(0, 1)
+
+    def _geometry(self, positions: Tensor) -> Geometry:
+        # subtracting the centre in the given precision keeps a drifting molecule accurate in single precision
+        x = ((positions - positions.mean(dim=1, keepdim=True)) / LENGTH_NM).to(self.dtype).transpose(1, 2)  # [b, 3, atom]
+        rho = x - x.permute(2, 0, 1)[..., None]
+        r2 = rho.square().sum(dim=2) + self._apart
+        inverse_r = r2.rsqrt()
+        r = r2 * inverse_r
+        inside = (1 - r2 * self._cutoff**-2).clamp(min=0)
+        inside2 = inside * inside
+        # sin(n pi r / rc) / r (1 - r^2/rc^2)^3 and its derivative
+        envelope = 2 * inside2 * inside * inverse_r
+        slope = (-12 / self._cutoff**2) * inside2 - envelope * inverse_r
+        phase = self._waves * r[:, :, None]
+        sine = phase.sin()
+        radial = sine * envelope[:, :, None]
+        radial_slope = phase.cos() * (self._waves * envelope[:, :, None]) + sine * slope[:, :, None]
+        square = rho.index_select(2, self._second[0] - 1) * rho.index_select(2, self._second[1] - 1)
+        low = torch.cat([torch.ones_like(r)[:, :, None], rho, square], dim=2)
+        cube = low.index_select(2, self._third[0]) * low.index_select(2, self._third[1])
+        return Geometry(
+            rho=rho,
+            inverse_r=inverse_r,
+            monomials=torch.cat([low, cube], dim=2),
+            radial=(radial[:, :, None] * self._one_hot).flatten(2, 3),
+            radial_slope=(radial_slope[:, :, None] * self._one_hot).flatten(2, 3),
+        )
+
+    def _atomic_energies(self, moments: Tensor, weights: AtomWeights) -> tuple[Tensor, Tensor]:
+        """Return energies [i, b] and their derivatives with respect to moments [i, b, monomial, element x radial]."""
+        n, b = moments.shape[:2]
+        parts = zip(moments.split(self._degrees, dim=2), weights.mixing, strict=True)
+        mixed = torch.cat([torch.bmm(part.flatten(1, 2), u).view(n, b, part.shape[2], -1) for part, u in parts], dim=2)
+        left, right = mixed.chunk(2, dim=3)
+        right = right + self._constant
+        invariants = (self._weights @ (left * right)).flatten(2)
+        z1 = torch.baddbmm(weights.first_bias, invariants, weights.first)
+        h1, d1 = _silu(z1)
+        z2 = torch.baddbmm(weights.second_bias, h1, weights.second)
+        h2, d2 = _silu(z2)
+        energy = (h2 * weights.last).sum(dim=2)
+        g1 = d1 * torch.bmm(d2 * weights.last, weights.second.transpose(1, 2))
+        g = torch.bmm(g1, weights.first.transpose(1, 2)).view(n, b, DEGREE + 1, -1)
+        g = self._weights.T @ g
+        g = torch.cat([g * right, g * left], dim=3)
+        parts = zip(g.split(self._degrees, dim=2), weights.mixing, strict=True)
+        back = [torch.bmm(part.flatten(1, 2), u.transpose(1, 2)).view(n, b, part.shape[2], -1) for part, u in parts]
+        return energy, torch.cat(back, dim=2)
+
+    def _pair_forces(self, geometry: Geometry, gradient: Tensor) -> Tensor:
+        """Return dE/drho, [i, b, 3, j]."""
+        along = ((gradient.transpose(2, 3) @ geometry.monomials) * geometry.radial_slope).sum(dim=2)
+        across = self._derivative @ (gradient @ geometry.radial)
+        across = across.unflatten(2, (3, self._lower)) * geometry.monomials[:, :, None, : self._lower]
+        return torch.addcmul(across.sum(dim=3), (along * geometry.inverse_r)[:, :, None], geometry.rho)
+
+
+def _silu(z: Tensor) -> tuple[Tensor, Tensor]:
+    """Return z sigmoid(z) and its derivative."""
+    sigmoid = torch.sigmoid(z)
+    value = z * sigmoid
+    return value, sigmoid + value - value * sigmoid
+
+
+def save_student(path: Path, network: StudentNetwork, extra: dict[str, object] | None = None) -> None:
+    """Write weights and metadata as one safetensors file, atomically.
+
+    Args:
+        path: the file.
+        network: what to save.
+        extra: further JSON values to keep with it, such as the accuracy reached.
+    """
+    arrays = {key: value.detach().cpu().numpy() for key, value in network.state_dict().items()}
+    content = {"format": FORMAT, **asdict(network.metadata), "extra": extra or {}}
+    write_arrays(path, arrays, {"longstride": json.dumps(content)})
+
+
+def load_student(path: Path, *, teacher: str | None = None) -> StudentNetwork:
+    """Read what `save_student` wrote.
+
+    Args:
+        path: the file.
+        teacher: refuse a student of another teacher.
+
+    Raises:
+        DataError: not a student file, incomplete, or of another teacher.
+    """
+    arrays, metadata = read_arrays(path)
+    content = json.loads(metadata.get("longstride", "{}"))
+    if content.get("format") != FORMAT:
+        raise DataError(f"{path} is not a student of this version of longstride; run the distill stage again")
+    if teacher is not None and content["teacher"] != teacher:
+        raise DataError(
+            f"{path} was distilled from {content['teacher']}, not from {teacher}; run the distill stage with teacher: {teacher}"
+        )
+    names = ("elements", "teacher", "cutoff_nm", "radial", "channels", "hidden")
+    values = {name: content[name] for name in names}
+    network = StudentNetwork(StudentMetadata(**{**values, "elements": tuple(values["elements"])}))
+    try:
+        network.load_state_dict({key: torch.from_numpy(np.array(value)) for key, value in arrays.items()})
+    except RuntimeError as error:
+        raise DataError(f"{path} is incomplete ({str(error).splitlines()[0]}); run the distill stage again") from None
+    return network

@@ -1,0 +1,232 @@
+"""Training of the student on teacher forces: one visible loop, force first, bitwise resumable.
+
+The loss of a batch is mean |F_S - F_L|^2 / <F_L^2> + w var(E_S - E_L) / (sigma_E^2), the second term without any constant,
+since energies of different methods differ by one. After training, one shift per element makes the constants agree.
+
+In multi-time-step dynamics the slow force is the student's error, and it resonates with a stiff bond once the outer
+step nears half its period. What counts there is not the average force error but its share along stiff coordinates, so
+two such errors are tracked: of the force along bonds, and of the bonds' stiffness (see `stiff_errors`).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from longstride.errors import NumericsError
+
+if TYPE_CHECKING:
+    from longstride.config import DistillConfig
+    from longstride.data.checkpoint import StateFolder
+    from longstride.potentials.student import Student, StudentNetwork
+    from longstride.progress import Progress
+    from longstride.training.labels import Labelled
+
+MAX_GRADIENT = 1.0
+WARMUP_STEPS = 50
+FINAL_RATE = 0.01  # of the peak
+ENERGY_WEIGHT = 0.01
+CHUNK = 64
+TRACKED_FRAMES = 128
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quality:
+    """How well a student reproduces its teacher on frames it was not trained on.
+
+    Attributes:
+        force_rmse: root mean square error of force components, kJ/mol/nm.
+        force_relative: the same, divided by the root mean square of the teacher's force components.
+        bond_relative: error of the force along bonds, divided by the teacher's force along bonds (root mean squares).
+        stiffness_rms: root mean square over bonds of the relative error of the stiffness.
+        stiffness_max: the largest of them.
+        energy_mae: mean absolute error of energies without their mean difference, kJ/mol.
+    """
+
+    force_rmse: float
+    force_relative: float
+    bond_relative: float
+    stiffness_rms: float
+    stiffness_max: float
+    energy_mae: float
+
+
+def train(
+    network: StudentNetwork,
+    student: Student,
+    frames: Labelled,
+    held_out: Labelled,
+    *,
+    section: DistillConfig,
+    seed: int,
+    store: StateFolder,
+    progress: Progress | None = None,
+) -> list[dict[str, float]]:
+    """Fit `network` in place and return the rows of metrics.csv.
+
+    Args:
+        network: the weights; overwritten by a checkpoint where one exists.
+        student: the network bound to the molecule of the frames.
+        frames: what to fit.
+        held_out: frames of other trajectories, only looked at.
+        section: steps, batch size, learning rate, checkpoint interval.
+        seed: of the order of frames.
+        store: open state folder.
+        progress: told the number of steps.
+
+    Raises:
+        NumericsError: the loss is not finite.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    optimiser = torch.optim.Adam(network.parameters(), lr=section.learning_rate)
+    step, rows = _restore(store, network, optimiser, generator)
+    positions, targets = frames.positions, frames.forces.to(student.dtype)
+    force_scale = targets.square().mean().sqrt()
+    energy_scale = max(float(frames.energies.std()), 1e-6) if len(frames) > 1 else 1.0
+    while step < section.max_steps:
+        rate = learning_rate(step, peak=section.learning_rate, steps=section.max_steps)
+        for group in optimiser.param_groups:
+            group["lr"] = rate
+        chosen = torch.randint(len(frames), (section.batch_size,), generator=generator)
+        energies, forces = student.network_forces(positions[chosen])
+        force_loss = ((forces - targets[chosen]) / force_scale).square().mean()
+        residual = energies - frames.energies[chosen]
+        energy_loss = ((residual - residual.mean()) / energy_scale).square().mean()
+        loss = force_loss + ENERGY_WEIGHT * energy_loss.to(force_loss.dtype)
+        optimiser.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(network.parameters(), MAX_GRADIENT)
+        optimiser.step()
+        step += 1
+        if step % section.checkpoint_every_steps == 0 or step == section.max_steps:
+            if not math.isfinite(loss.item()):
+                raise NumericsError(f"distillation diverged at step {step}; lower distill.learning_rate")
+            rows.append(_row(step, rate, force_loss.item(), measure(network, student, _first(held_out))))
+            _save(store, step, network, optimiser, generator=generator, rows=rows)
+        if progress is not None:
+            progress.update(step, f"force error {math.sqrt(force_loss.item()):.3f}")
+    fit_shifts(network, student, frames)
+    return rows
+
+
+def learning_rate(step: int, *, peak: float, steps: int) -> float:
+    """Return the rate of one step: linear warm-up, then half a cosine to one hundredth of the peak."""
+    decay = FINAL_RATE + (1 - FINAL_RATE) * 0.5 * (1 + math.cos(math.pi * step / steps))
+    return peak * min(1.0, (step + 1) / WARMUP_STEPS) * decay
+
+
+def predict(student: Student, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return energies without shifts [frame] and forces [frame, atom, 3] of the network as it is now, float64."""
+    with torch.no_grad():
+        parts = [student.network_forces(part) for part in positions.split(CHUNK)]
+    return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts]).to(torch.float64)
+
+
+def measure(network: StudentNetwork, student: Student, frames: Labelled) -> Quality:
+    """Compare student and teacher on labelled frames."""
+    del network  # the student reads it; named so that a call says what is measured
+    energies, forces = predict(student, frames.positions)
+    error = forces - frames.forces
+    bonds = torch.from_numpy(np.asarray(student.system.bonds))
+    bond_relative, stiffness = stiff_errors(frames.positions, frames.forces, forces, bonds)
+    residual = energies - frames.energies
+    rmse = float(error.square().mean().sqrt())
+    return Quality(
+        force_rmse=rmse,
+        force_relative=rmse / float(frames.forces.square().mean().sqrt()),
+        bond_relative=bond_relative,
+        stiffness_rms=float(stiffness.square().mean().sqrt()),
+        stiffness_max=float(stiffness.abs().max()),
+        energy_mae=float((residual - residual.mean()).abs().mean()),
+    )
+
+
+def stiff_errors(
+    positions: torch.Tensor, teacher: torch.Tensor, student: torch.Tensor, bonds: torch.Tensor
+) -> tuple[float, torch.Tensor]:
+    """Return errors of the stretching forces of bonds.
+
+    Equation: along bond ij with unit vector u, f = (F_i - F_j) . u / 2. The first result is rms(f_S - f_L) / rms(f_L). The
+    second, [bond], is the relative error of the effective stiffness, the regression slope of f on the bond length:
+    cov(f_S - f_L, r) / cov(f_L, r), which is the share of the stiffness that is left to the slow force.
+
+    Args:
+        positions: [frame, atom, 3] nm.
+        teacher: forces, [frame, atom, 3] kJ/mol/nm.
+        student: likewise.
+        bonds: [bond, 2].
+    """
+    first, second = bonds[:, 0], bonds[:, 1]
+    apart = positions[:, first] - positions[:, second]
+    length = apart.norm(dim=-1)
+    unit = apart / length[..., None]
+    along = [0.5 * ((f[:, first] - f[:, second]) * unit).sum(dim=-1) for f in (teacher, student - teacher)]
+    displacement = length - length.mean(dim=0)
+    slopes = [(f * displacement).mean(dim=0) for f in along]
+    return float(along[1].square().mean().sqrt() / along[0].square().mean().sqrt()), slopes[1] / slopes[0]
+
+
+def fit_shifts(network: StudentNetwork, student: Student, frames: Labelled) -> None:
+    """Set one energy per element so that mean energies agree (least squares, smallest shifts where undetermined)."""
+    energies, _ = predict(student, frames.positions)
+    numbers = torch.from_numpy(np.asarray(student.system.atomic_numbers))
+    counts = torch.stack([(numbers == element).sum() for element in network.metadata.elements]).to(torch.float64)
+    difference = (frames.energies - energies).mean()
+    network.shifts.copy_(difference * counts / counts.square().sum())
+
+
+def _first(frames: Labelled) -> Labelled:
+    """A spread of a few frames, for tracking during training."""
+    keep = torch.zeros(len(frames), dtype=torch.bool)
+    keep[:: max(1, len(frames) // TRACKED_FRAMES)] = True
+    return frames.where(keep)
+
+
+def _row(step: int, rate: float, force_loss: float, quality: Quality) -> dict[str, float]:
+    return {
+        "step": step,
+        "learning_rate": rate,
+        "train_force_relative": math.sqrt(force_loss),
+        "held_out_force_rmse_kJ_per_mol_nm": quality.force_rmse,
+        "held_out_force_relative": quality.force_relative,
+        "held_out_bond_relative": quality.bond_relative,
+        "held_out_stiffness_max": quality.stiffness_max,
+        "held_out_energy_mae_kJ_per_mol": quality.energy_mae,
+    }
+
+
+def _save(
+    store: StateFolder,
+    step: int,
+    network: StudentNetwork,
+    optimiser: torch.optim.Adam,
+    *,
+    generator: torch.Generator,
+    rows: list[dict[str, float]],
+) -> None:
+    arrays = {f"network.{key}": value.detach().numpy() for key, value in network.state_dict().items()}
+    for index, state in optimiser.state_dict()["state"].items():
+        arrays |= {f"adam.{index}.{key}": value.numpy() for key, value in state.items()}
+    store.save(step, {**arrays, "generator": generator.get_state().numpy()}, {"rows": rows})
+
+
+def _restore(
+    store: StateFolder, network: StudentNetwork, optimiser: torch.optim.Adam, generator: torch.Generator
+) -> tuple[int, list[dict[str, float]]]:
+    saved = store.latest()
+    if saved is None:
+        return 0, []
+    arrays = {key: torch.from_numpy(value.copy()) for key, value in saved.arrays.items()}
+    network.load_state_dict({key.partition(".")[2]: value for key, value in arrays.items() if key.startswith("network.")})
+    state: dict[int, dict[str, torch.Tensor]] = {}
+    for key, value in arrays.items():
+        if key.startswith("adam."):
+            _, index, name = key.split(".")
+            state.setdefault(int(index), {})[name] = value
+    optimiser.load_state_dict({**optimiser.state_dict(), "state": state})
+    generator.set_state(arrays["generator"])
+    return saved.step, saved.meta["rows"]

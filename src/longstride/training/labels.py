@@ -1,0 +1,223 @@
+"""Teacher labels for distillation: reference frames, and hot Langevin dynamics on the teacher itself.
+
+Reference frames come from another potential, so their stiff coordinates are displaced and too narrow for the teacher.
+Short Langevin runs on the teacher, at the target temperature and above, give frames of its own distribution and of what lies
+around it, where a student is used between two teacher calls. Only positions matter there, so every atom weighs 12 Da,
+which slows all bonds down to where one step decorrelates stiff forces, and every teacher call is a label.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from longstride.dynamics.integrators import MDState, baoab, start, thermal_velocities
+from longstride.errors import NumericsError
+from longstride.state import State
+
+if TYPE_CHECKING:
+    from longstride.data.checkpoint import StateFolder
+    from longstride.potentials.base import Potential
+    from longstride.progress import Progress
+
+MASS_DA = 12.0
+TIMESTEP_PS = 3.5e-3
+FRICTION_PER_PS = 5.0
+HEAT = (1.0, 1.3, 1.7)  # chain temperatures, relative to the target
+MAX_TEMPERATURE_RATIO = 4.0
+REFERENCE_BLOCK = 64
+STEPS_PER_BLOCK = 8
+MAX_FAILED = 0.05
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelPlan:
+    """How many frames of each kind. `chains` Langevin chains of `steps` steps, and `reference` frames as they are."""
+
+    reference: int
+    chains: int
+    steps: int
+
+    @classmethod
+    def of(cls, frames: int, *, chains: int = 24, reference_fraction: float = 0.2) -> LabelPlan:
+        """Divide a total number of labels; every label costs one teacher call."""
+        reference = max(1, round(reference_fraction * frames))
+        chains = max(1, min(chains, (frames - reference) // 4))
+        return cls(reference=reference, chains=chains, steps=max(1, round((frames - reference) / chains) - 1))
+
+    @property
+    def blocks(self) -> tuple[int, int]:
+        """Number of blocks of reference frames, and of dynamics."""
+        return -(-self.reference // REFERENCE_BLOCK), -(-self.steps // STEPS_PER_BLOCK)
+
+    @property
+    def total(self) -> int:
+        """Teacher calls, the first of every chain included."""
+        return self.reference + self.chains * (self.steps + 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Labelled:
+    """Frames with teacher energies and forces.
+
+    Attributes:
+        positions: [frame, atom, 3] nm, float64.
+        energies: [frame] kJ/mol.
+        forces: [frame, atom, 3] kJ/mol/nm.
+        trajectory: [frame] reference trajectory that a frame descends from; frames are held out by it.
+    """
+
+    positions: torch.Tensor
+    energies: torch.Tensor
+    forces: torch.Tensor
+    trajectory: torch.Tensor
+
+    def __len__(self) -> int:
+        return len(self.energies)
+
+    def where(self, keep: torch.Tensor) -> Labelled:
+        """Return the frames where the mask is true."""
+        return Labelled(**{key: value[keep] for key, value in vars(self).items()})
+
+
+def label_frames(
+    teacher: Potential,
+    trajectories: list[np.ndarray],
+    *,
+    plan: LabelPlan,
+    kT: float,
+    seed: int,
+    store: StateFolder,
+    progress: Progress | None = None,
+) -> Labelled:
+    """Return teacher-labelled frames; finished blocks in `store` are not computed again.
+
+    Args:
+        teacher: labels frames and drives the chains.
+        trajectories: reference positions, [frame, atom, 3] nm, one array each.
+        plan: how many frames of which kind.
+        kT: thermal energy of the target, kJ/mol.
+        seed: of chain starts and noise.
+        store: open state folder; continued bitwise.
+        progress: told the number of labels.
+
+    Raises:
+        NumericsError: the teacher failed on too many frames.
+    """
+    saved = store.latest()
+    done, arrays = (saved.step, saved.arrays) if saved else (0, {})
+    n_reference, n_dynamics = plan.blocks
+    reference, origin = _spread(trajectories, plan.reference)
+    chains = _Chains(teacher, trajectories, plan, kT=kT, seed=seed)
+    for index in range(done, n_reference + n_dynamics):
+        if index < n_reference:
+            part = slice(index * REFERENCE_BLOCK, (index + 1) * REFERENCE_BLOCK)
+            x = torch.from_numpy(reference[part])
+            energies, forces = teacher.energy_forces(State(positions=x))
+            block = {"positions": x, "energies": energies, "forces": forces, "trajectory": torch.from_numpy(origin[part])}
+            following = arrays
+        else:
+            first = (index - n_reference) * STEPS_PER_BLOCK
+            block, following = chains.advance(arrays, min(STEPS_PER_BLOCK, plan.steps - first))
+        store.save_block(index, {key: value.numpy() for key, value in block.items()})
+        store.save(index + 1, following or {"empty": np.zeros(0)})
+        arrays = following
+        if progress is not None:
+            progress.update(_labels_after(plan, index + 1))
+    return _collect(store, sum(plan.blocks))
+
+
+def _labels_after(plan: LabelPlan, blocks: int) -> int:
+    n_reference = plan.blocks[0]
+    steps = max(0, blocks - n_reference) * STEPS_PER_BLOCK
+    moved = plan.chains * (min(plan.steps, steps) + (steps > 0))
+    return min(plan.reference, blocks * REFERENCE_BLOCK) + moved
+
+
+def _spread(trajectories: list[np.ndarray], count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return `count` frames spread evenly over all trajectories, and which trajectory each is from."""
+    lengths = np.array([len(frames) for frames in trajectories])
+    origin = np.repeat(np.arange(len(trajectories)), lengths)
+    chosen = np.unique(np.linspace(0, lengths.sum() - 1, count).round().astype(int))
+    first = np.concatenate([[0], np.cumsum(lengths)[:-1]])
+    frames = [trajectories[k][index - first[k]] for index, k in zip(chosen, origin[chosen], strict=True)]
+    return np.stack(frames).astype(np.float64), origin[chosen]
+
+
+class _Chains:
+    """Langevin chains on the teacher, from frames of all trajectories, at several temperatures."""
+
+    def __init__(self, teacher: Potential, trajectories: list[np.ndarray], plan: LabelPlan, *, kT: float, seed: int) -> None:
+        generator = np.random.default_rng(seed)
+        self._teacher, self._seed = teacher, seed
+        self.origin = torch.arange(plan.chains) % len(trajectories)
+        frames = [trajectories[k][generator.integers(len(trajectories[k]))] for k in self.origin.tolist()]
+        self._starts = torch.from_numpy(np.stack(frames).astype(np.float64))
+        # trajectories and temperatures are combined, not aligned, where their numbers share a factor
+        heat = [HEAT[(chain + chain // len(trajectories)) % len(HEAT)] for chain in range(plan.chains)]
+        self._kT = kT * torch.tensor(heat, dtype=torch.float64)[:, None, None]
+        self._masses = torch.full((self._starts.shape[1],), MASS_DA, dtype=torch.float64)
+
+    def advance(self, arrays: dict[str, np.ndarray], steps: int) -> tuple[dict[str, torch.Tensor], dict[str, np.ndarray]]:
+        """Return the labels of `steps` steps from the saved state (or the start), and the state after them."""
+        generator = torch.Generator().manual_seed(self._seed)
+        found: list[MDState] = []
+        if "velocities" in arrays:
+            generator.set_state(torch.from_numpy(arrays["generator"].copy()))
+            names = ("positions", "velocities", "forces", "potential_energy")
+            md = MDState(masses=self._masses, **{key: torch.from_numpy(arrays[key].copy()) for key in names})
+        else:
+            velocities = thermal_velocities(self._starts.shape, self._masses, self._kT, generator)
+            md = start(self._starts, velocities, masses=self._masses, potential=self._teacher)
+            found.append(md)
+        for _ in range(steps):
+            md = baoab(
+                md,
+                potential=self._teacher,
+                dt=TIMESTEP_PS,
+                kT=self._kT,
+                friction=FRICTION_PER_PS,
+                generator=generator,
+            )
+            found.append(md)
+            md = self._back_to_start(md, generator)
+        labels = {
+            "positions": torch.cat([item.positions for item in found]),
+            "energies": torch.cat([item.potential_energy for item in found]),
+            "forces": torch.cat([item.forces for item in found]),
+            "trajectory": self.origin.repeat(len(found)),
+        }
+        state = {key: getattr(md, key).numpy() for key in ("positions", "velocities", "forces", "potential_energy")}
+        return labels, {**state, "generator": generator.get_state().numpy()}
+
+    def _back_to_start(self, md: MDState, generator: torch.Generator) -> MDState:
+        """Return chains that failed or ran hot to where they began, with fresh velocities."""
+        hot = md.kinetic_energy > MAX_TEMPERATURE_RATIO * 1.5 * len(self._masses) * self._kT.flatten()
+        bad = hot | ~torch.isfinite(md.potential_energy) | ~torch.isfinite(md.kinetic_energy)
+        if not bad.any():
+            return md
+        velocities = thermal_velocities(self._starts.shape, self._masses, self._kT, generator)
+        fresh = start(self._starts, velocities, masses=self._masses, potential=self._teacher)
+        chain = bad[:, None, None]
+        return MDState(
+            positions=torch.where(chain, fresh.positions, md.positions),
+            velocities=torch.where(chain, fresh.velocities, md.velocities),
+            forces=torch.where(chain, fresh.forces, md.forces),
+            potential_energy=torch.where(bad, fresh.potential_energy, md.potential_energy),
+            masses=md.masses,
+        )
+
+
+def _collect(store: StateFolder, blocks: int) -> Labelled:
+    parts = [store.read_block(index) for index in range(blocks)]
+    merged = {key: torch.from_numpy(np.concatenate([part[key] for part in parts])) for key in parts[0]}
+    frames = Labelled(**merged)
+    good = torch.isfinite(frames.energies) & torch.isfinite(frames.forces).all(dim=(1, 2))
+    if (~good).double().mean() > MAX_FAILED:
+        raise NumericsError(
+            f"the teacher failed on {int((~good).sum())} of {len(frames)} frames; check the total charge and the structure"
+        )
+    return frames.where(good)
