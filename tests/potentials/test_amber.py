@@ -252,3 +252,19 @@ def test_compile_without_a_compiler_is_refused(monkeypatch):
     made = molecule(ALANINE)
     with pytest.raises(LongstrideError, match="compiler"):
         AmberPotential.from_openmm(made.openmm_system, made.system, name="amber", compile=True)
+
+
+def test_a_failing_toolchain_is_one_line(monkeypatch):
+    made = molecule(ALANINE)
+
+    def fail(function, **options):
+        def call(x):
+            raise torch._dynamo.exc.BackendCompilerFailed(fail, RuntimeError("cc1plus: out of memory"), None)
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", fail)
+    monkeypatch.setattr("longstride.potentials.amber.compiler_available", lambda: True)
+    potential = AmberPotential.from_openmm(made.openmm_system, made.system, name="amber", compile=True)
+    with pytest.raises(LongstrideError, match="compile=False"):
+        potential.energy(State(positions=distorted(ALANINE)))

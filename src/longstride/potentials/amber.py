@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import os
 import shutil
+import sysconfig
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,15 +30,18 @@ if TYPE_CHECKING:
 
     from longstride.state import System
 
-# lanes x atoms^2 in one block: temporaries stay near the cache, and memory does not grow with the batch
+# lanes x atoms^2 in one block: temporaries stay in the cache and memory does not grow with the batch. Measured on one
+# core: 22 atoms are fastest at 128-512 lanes, 77 atoms at 32-256, compiled or not.
 BLOCK_ELEMENTS = 500_000
 BLOCK_ELEMENTS_GPU = 200_000_000
-SMALLEST_BLOCK, LARGEST_BLOCK, LARGEST_BLOCK_GPU = 16, 1024, 65536
+SMALLEST_BLOCK, LARGEST_BLOCK, LARGEST_BLOCK_GPU = 16, 512, 65536
 VECTOR = 16  # blocks of compiled code are padded to whole vectors, so that a lane's result never depends on its neighbours
 
 
 def compiler_available() -> bool:
-    """Return whether a C++ compiler, which `compile=True` needs on a CPU, can be found."""
+    """Return whether what `compile=True` needs on a CPU can be found: a C++ compiler and Python's headers."""
+    if not (Path(sysconfig.get_paths()["include"]) / "Python.h").is_file():
+        return False
     return any(shutil.which(name) for name in (os.environ.get("CXX"), "g++", "clang++", "c++") if name)
 
 
@@ -76,7 +81,9 @@ class AmberPotential:
         self._energy_gradient: Callable[[Tensor], tuple[Tensor, Tensor]] = _eager_gradient(terms)
         if compile:
             if self.device.type == "cpu" and not compiler_available():
-                raise LongstrideError("compile=True needs a C++ compiler: install g++ or clang++, or use compile=False")
+                raise LongstrideError(
+                    "compile=True needs a C++ compiler and Python's headers: install g++ and python3-dev, or use compile=False"
+                )
             self._energy, self._energy_gradient = _compiled(terms), _compiled(_traceable_gradient(terms))
 
     @classmethod
@@ -200,9 +207,19 @@ def _traceable_gradient(terms: AmberEnergy) -> Callable[[Tensor], tuple[Tensor, 
 
 
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the compiled function; a toolchain that fails is a LongstrideError."""
     # one version for all batch sizes; versions for other molecules must not count against this one's limit
     options: dict[str, Any] = {"fullgraph": True, "isolate_recompiles": True}
-    return torch.compile(function, **options)
+    compiled = torch.compile(function, **options)
+
+    def call(x: Tensor) -> Any:  # noqa: ANN401 - as the function's
+        try:
+            return compiled(x)
+        except torch._dynamo.exc.BackendCompilerFailed as error:
+            reason = str(error).strip().splitlines()[0]
+            raise LongstrideError(f"torch.compile failed ({reason}); mend the C++ toolchain or use compile=False") from error
+
+    return call
 
 
 class _Differentiable(torch.autograd.Function):
