@@ -1,5 +1,3 @@
-import math
-
 import numpy as np
 import pytest
 import torch
@@ -7,6 +5,7 @@ import torch
 from longstride.errors import DataError
 from longstride.flows.zmatrix import Internals, build_zmatrix, place_in_frame, wrap
 from longstride.state import System
+from longstride.systems import torsion
 
 
 def molecule(numbers, bonds):
@@ -111,11 +110,13 @@ def test_measure_equals_the_jacobian_of_the_placement(system):
         assert abs((measured - without_sine).item()) > 1e-3  # negative control
 
 
-def test_negative_dihedral_sign_convention_matches_iupac():
-    x = torch.tensor([[[1.0, 0, 0], [0, 0, 0], [0, 0, 1], [0, 1, 1]]], dtype=torch.float64)
-    chain = molecule([6, 6, 6, 6], [(0, 1), (1, 2), (2, 3)])
-    zmatrix = build_zmatrix(chain)
-    assert abs(abs(zmatrix.from_cartesian(x).dihedrals.item()) - math.pi / 2) < 1e-12
+def test_dihedrals_have_the_iupac_sign():
+    zmatrix = build_zmatrix(BUTANE)
+    x = random_positions(BUTANE)
+    for row, value in zip(zmatrix.rows[3:], zmatrix.from_cartesian(x).dihedrals[0], strict=True):
+        if row[3] in zmatrix.rows[zmatrix.rows[:, 1] == row[1], 0]:
+            continue  # an offset is measured from a sibling, which is no chain of four atoms
+        assert abs(torsion(x[0].numpy(), tuple(map(int, row))) - value.item()) < 1e-12
 
 
 def test_two_molecules_and_two_atoms_are_refused():

@@ -97,7 +97,8 @@ class TorsionNetwork(nn.Module):
         self.mask: Tensor
         self.register_buffer("mask", torch.cat([torch.ones(n_torsions, n_context), visible], -1)[:, None], persistent=False)
 
-    def _parameters_of(self, features: Tensor, chosen: slice) -> Tensor:
+    def parameters_of(self, features: Tensor, chosen: slice = slice(None)) -> Tensor:
+        """Return mixture parameters [chosen torsion, batch, ...] from features [batch, context and torsions]."""
         h = features[None] * self.mask[chosen]
         for weight, bias in zip(self.weights[:-1], self.biases[:-1], strict=True):
             h = nn.functional.silu(torch.baddbmm(bias[chosen], h, weight[chosen]))
@@ -106,7 +107,7 @@ class TorsionNetwork(nn.Module):
     def log_prob(self, torsions: Tensor, context: Tensor) -> Tensor:
         """Return sum_k log q(t_k | t_<k, context), [batch]."""
         features = torch.cat([context, torsion_features(torsions)], -1)
-        parameters = self._parameters_of(features, slice(None))
+        parameters = self.parameters_of(features)
         return circular.log_prob(torsions.T, parameters).sum(0)
 
     def sample(self, context: Tensor, generator: torch.Generator) -> Tensor:
@@ -114,7 +115,7 @@ class TorsionNetwork(nn.Module):
         torsions = context.new_zeros(len(context), self.n_torsions)
         for k in range(self.n_torsions):
             features = torch.cat([context, torsion_features(torsions)], -1)
-            drawn = circular.sample(self._parameters_of(features, slice(k, k + 1))[0], generator)
+            drawn = circular.sample(self.parameters_of(features, slice(k, k + 1))[0], generator)
             torsions = torsions.index_copy(1, torch.tensor([k], device=torsions.device), drawn[:, None])
         return torsions
 
