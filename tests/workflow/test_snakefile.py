@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from longstride.cli import build_parser
 from longstride.config import Config, load_config
 from longstride.runs import lock_folder
 
@@ -55,7 +57,7 @@ OWN_CONFIGS = {
 def cases(tmp_path_factory) -> dict[str, tuple[Path, str]]:
     """Folder and output of Snakemake for every case of this file."""
     top = tmp_path_factory.mktemp("workflow")
-    jobs = [_case(top, f"dry-{path.stem}", "--dry-run", config=path) for path in CONFIGS]
+    jobs = [_case(top, f"dry-{path.stem}", "--dry-run", "--printshellcmds", config=path) for path in CONFIGS]
     jobs.append(_case(top, "slurm", "--dry-run", "--executor", "slurm", profile="slurm"))
     for name, text in OWN_CONFIGS.items():
         (top / f"{name}.yaml").write_text(text)
@@ -93,6 +95,14 @@ def test_dry_run_plans_every_stage_without_importing_the_science_or_writing(conf
     sample = load_config(config).sample
     for method in sample.methods:
         assert text.count(f"sample: {method} of alanine-dipeptide") == sample.seeds
+
+
+def test_every_command_of_the_rules_is_one_the_command_line_accepts(cases):
+    found = re.findall(r"exec (longstride .*?) > ", cases["dry-smoke"][1])
+    assert len(found) == 13
+    for text in found:
+        options = build_parser().parse_args(shlex.split(text)[1:])
+        assert options.config == Path("results/smoke/config.yaml")
 
 
 def test_slurm_profile_plans_without_slurm(cases):
