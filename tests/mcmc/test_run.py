@@ -16,7 +16,7 @@ class Walk:
         noise = torch.randn(x.positions.shape, generator=generator, dtype=torch.float64)
         return State(positions=x.positions + noise), torch.zeros(len(noise), dtype=torch.float64)
 
-    def log_prob(self, y, x):  # noqa: ARG002
+    def log_prob(self, y, x):
         return torch.zeros(len(y.positions), dtype=torch.float64)
 
 
