@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest_potentials import molecule
 
-from longstride.potentials.amber import AmberPotential, compiler_available
+from longstride.potentials.amber import AmberPotential
 from longstride.stages import bench
 from longstride.state import State
 
@@ -45,10 +45,3 @@ def test_result_is_complete_json(monkeypatch):
     assert result["precision"]["max_kT"] < 0.01
     assert result["provenance"]["versions"]["openmm"] != "absent"
     assert "OpenMM CPU" in bench.table(result)
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not compiler_available(), reason="torch.compile needs a C++ compiler")
-def test_compiled_energies_are_thirty_times_faster_than_openmm():
-    result = bench.energies(sequence="ACE-ALA-NME", batch=1024, threads=2)
-    assert result["ratio"]["compiled"]["energies_per_s"] > 30
