@@ -1,0 +1,208 @@
+"""Labels and distillation: plans, hold-out, bitwise continuation, quality measures with known answers."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from longstride.config import DistillConfig
+from longstride.data.checkpoint import open_state
+from longstride.errors import NumericsError
+from longstride.potentials.student import StudentMetadata, StudentNetwork
+from longstride.state import State, System
+from longstride.training.distill import fit_shifts, learning_rate, measure, predict, stiff_errors, train
+from longstride.training.labels import Labelled, LabelPlan, label_frames
+from longstride.units import thermal_energy
+
+KT = thermal_energy(310.0)
+METADATA = StudentMetadata(elements=(1, 8), teacher="springs", channels=4, hidden=16)
+SECTION = DistillConfig(max_steps=60, batch_size=8, checkpoint_every_steps=20, learning_rate=1e-2)
+WATER = System(
+    name="water",
+    atomic_numbers=np.array([8, 1, 1]),
+    masses=np.array([15.999, 1.008, 1.008]),
+    bonds=np.array([[0, 1], [0, 2]]),
+    atom_names=("O", "H1", "H2"),
+    residue_names=("HOH",) * 3,
+    residue_indices=np.zeros(3, dtype=np.int64),
+)
+MINIMUM = 0.1 * np.array([[0.0, 0.0, 0.1173], [0.0, 0.7572, -0.4692], [0.0, -0.7572, -0.4692]])
+
+
+class Springs:
+    """A teacher: springs between all pairs of a water molecule, and a constant."""
+
+    name, system = "springs", WATER
+
+    def __init__(self, fails=()):
+        self.calls, self.fails = 0, set(fails)
+        first, second = torch.triu_indices(3, 3, 1)
+        x = torch.from_numpy(MINIMUM)
+        self.pairs, self.r0 = (first, second), (x[first] - x[second]).norm(dim=-1)
+        self.k = torch.tensor([3e5, 3e5, 5e4], dtype=torch.float64)
+
+    def energy(self, x):
+        return self.energy_forces(x)[0]
+
+    def energy_forces(self, x):
+        self.calls += 1
+        first, second = self.pairs
+        apart = x.positions[:, first] - x.positions[:, second]
+        r = apart.norm(dim=-1)
+        pull = (-self.k * (r - self.r0) / r)[..., None] * apart
+        forces = torch.zeros_like(x.positions).index_add(1, first, pull).index_add(1, second, -pull)
+        energy = 0.5 * (self.k * (r - self.r0) ** 2).sum(dim=1) - 12_345.0
+        if self.calls in self.fails:
+            energy = energy * float("nan")
+        return energy, forces
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def trajectories():
+    noise = np.random.default_rng(0).normal(scale=0.003, size=(4, 40, 3, 3))
+    return list((MINIMUM + noise).astype(np.float32))
+
+
+def label(store, trajectories, *, teacher=None, frames=160):
+    return label_frames(teacher or Springs(), trajectories, plan=LabelPlan.of(frames, chains=4), kT=KT, seed=1, store=store)
+
+
+@pytest.fixture(scope="module")
+def frames(trajectories, tmp_path_factory):
+    with open_state(tmp_path_factory.mktemp("labels"), "key") as store:
+        return label(store, trajectories)
+
+
+def test_plan_spends_what_it_is_given():
+    for total in (20, 100, 2800):
+        plan = LabelPlan.of(total)
+        assert abs(plan.total - total) <= plan.chains
+        assert plan.reference > 0
+        assert plan.steps > 0
+
+
+def test_labels_are_the_teachers(frames):
+    energy, forces = Springs().energy_forces(State(positions=frames.positions))
+    assert torch.equal(energy, frames.energies)
+    assert torch.equal(forces, frames.forces)
+    assert set(frames.trajectory.tolist()) == {0, 1, 2, 3}
+    assert len(frames) == LabelPlan.of(160, chains=4).total
+
+
+def test_chains_are_hot_and_sane(frames):
+    moved = frames.where(torch.arange(len(frames)) >= 32)
+    # three springs hold kT/2 each at every chain's temperature; mean heat of four chains is 1.325
+    expected = 1.5 * KT * (1.0 + 1.3 + 1.7 + 1.0) / 4
+    assert 0.5 * expected < float((moved.energies + 12_345.0)[20:].mean()) < 2 * expected
+
+
+def test_labelling_continues_bitwise(trajectories, frames, tmp_path):
+    class Killed(Springs):
+        def energy_forces(self, x):
+            if self.calls == 11:
+                raise KeyboardInterrupt
+            return super().energy_forces(x)
+
+    with open_state(tmp_path / "state", "key") as store:
+        with pytest.raises(KeyboardInterrupt):
+            label(store, trajectories, teacher=Killed())
+        teacher = Springs()
+        continued = label(store, trajectories, teacher=teacher)
+    assert teacher.calls < 30  # finished blocks were kept
+    for key, value in vars(frames).items():
+        assert torch.equal(value, getattr(continued, key)), key
+
+
+def test_failed_frames_are_dropped_and_many_are_an_error(trajectories, tmp_path):
+    with open_state(tmp_path / "few", "key") as store:
+        found = label(store, trajectories, teacher=Springs(fails={12}))
+    assert torch.isfinite(found.energies).all()
+    with open_state(tmp_path / "many", "key") as store, pytest.raises(NumericsError, match="the teacher failed on"):
+        label(store, trajectories, teacher=Springs(fails=range(1, 100, 2)))
+
+
+def fit(frames, store, *, section=SECTION, stop_at=None):
+    network = StudentNetwork(METADATA, torch.Generator().manual_seed(1))
+
+    class Stop:
+        def update(self, step, note=""):
+            if step == stop_at:
+                raise KeyboardInterrupt
+
+    held = frames.trajectory == 3
+    rows = train(
+        network, network(WATER), frames.where(~held), frames.where(held), section=section, seed=2, store=store, progress=Stop()
+    )
+    return network, rows
+
+
+def test_training_learns_and_continues_bitwise(frames, tmp_path):
+    with open_state(tmp_path / "whole", "key") as store:
+        network, rows = fit(frames, store)
+    assert [row["step"] for row in rows] == [20, 40, 60]
+    assert rows[-1]["held_out_force_relative"] < 0.7
+    assert rows[-1]["held_out_force_relative"] < rows[0]["held_out_force_relative"]
+    with open_state(tmp_path / "parts", "key") as store:
+        for stop_at in (25, 45):
+            with pytest.raises(KeyboardInterrupt):
+                fit(frames, store, stop_at=stop_at)
+        continued, again = fit(frames, store)
+    assert rows == again
+    for key, value in network.state_dict().items():
+        assert torch.equal(value, continued.state_dict()[key]), key
+
+
+def test_divergence_is_one_line(frames, tmp_path):
+    with open_state(tmp_path / "state", "key") as store, pytest.raises(NumericsError, match="learning_rate") as error:
+        broken = dataclasses.replace(frames, forces=frames.forces * float("inf"))
+        fit(broken, store)
+    assert "\n" not in str(error.value)
+
+
+def test_shifts_make_energies_agree(frames, tmp_path):
+    network = StudentNetwork(METADATA, torch.Generator().manual_seed(1))
+    fit_shifts(network, network(WATER), frames)
+    energies = network(WATER).energy(State(positions=frames.positions))
+    assert abs(float((energies - frames.energies).mean())) < 1e-3
+    # measured quality does not depend on the constant
+    moved = dataclasses.replace(frames, energies=frames.energies + 1e4)
+    student = network(WATER)
+    assert abs(measure(network, student, frames).energy_mae - measure(network, student, moved).energy_mae) < 1e-6
+
+
+def test_stiff_errors_of_a_student_that_is_too_soft(frames):
+    bonds = torch.from_numpy(WATER.bonds)
+    relative, stiffness = stiff_errors(frames.positions, frames.forces, 0.97 * frames.forces, bonds)
+    assert abs(relative - 0.03) < 1e-9
+    assert torch.allclose(stiffness, torch.full((2,), -0.03, dtype=torch.float64))
+    # a transverse error is invisible to both, though not to the force error
+    across = torch.zeros_like(frames.forces)
+    across[:, :, 0] = 50.0
+    relative, stiffness = stiff_errors(frames.positions, frames.forces, frames.forces + across, bonds)
+    assert relative < 0.05
+    assert float(stiffness.abs().max()) < 0.02
+
+
+def test_learning_rate_warms_up_and_decays():
+    rates = [learning_rate(step, peak=1.0, steps=1000) for step in range(1000)]
+    assert rates[0] == pytest.approx(0.02, rel=1e-3)
+    assert max(rates) > 0.98
+    assert rates[-1] < 0.011
+
+
+def test_predictions_do_not_depend_on_chunks(frames):
+    network = StudentNetwork(METADATA, torch.Generator().manual_seed(1))
+    student = network(WATER)
+    energies, forces = predict(student, frames.positions)
+    one = predict(student, frames.positions[100:101])
+    assert torch.allclose(energies[100], one[0][0], atol=1e-3)
+    assert torch.allclose(forces[100], one[1][0], atol=1e-2)
