@@ -12,7 +12,7 @@ from longstride.errors import NumericsError
 from longstride.potentials.student import StudentMetadata, StudentNetwork
 from longstride.state import State, System
 from longstride.training.distill import fit_shifts, learning_rate, measure, predict, stiff_errors, train
-from longstride.training.labels import Labelled, LabelPlan, label_frames
+from longstride.training.labels import LabelPlan, label_frames
 from longstride.units import thermal_energy
 
 KT = thermal_energy(310.0)
@@ -162,8 +162,8 @@ def test_training_learns_and_continues_bitwise(frames, tmp_path):
 
 
 def test_divergence_is_one_line(frames, tmp_path):
+    broken = dataclasses.replace(frames, forces=frames.forces * float("inf"))
     with open_state(tmp_path / "state", "key") as store, pytest.raises(NumericsError, match="learning_rate") as error:
-        broken = dataclasses.replace(frames, forces=frames.forces * float("inf"))
         fit(broken, store)
     assert "\n" not in str(error.value)
 
