@@ -101,29 +101,28 @@ class ShardConfig(Section):
 class FlowConfig(Section):
     """The internal-coordinate conditional flow and its training."""
 
-    max_steps: int = Field(3000, ge=1, description="optimiser steps; the learning rate falls to zero at this step")
+    max_steps: int = Field(1500, ge=1, description="optimiser steps; the learning rate falls to zero at this step")
     max_seconds: float = Field(
         1800.0,
         gt=0,
         description="safety stop: after this much wall time the learning rate is run down early (a machine-dependent end)",
     )
     batch_size: int = Field(256, ge=1, description="pairs per optimiser step")
-    learning_rate: float = Field(2e-3, gt=0, description="peak learning rate (AdamW, warm-up, cosine decay)")
+    learning_rate: float = Field(3e-3, gt=0, description="peak learning rate (AdamW, warm-up, cosine decay)")
     warm_up_steps: int = Field(100, ge=0, description="steps over which the learning rate rises to its peak")
     weight_decay: float = Field(0.1, ge=0, description="decoupled weight decay")
     hidden: int = Field(64, ge=8, description="width of the torsion and coupling networks")
-    couplings: int = Field(4, ge=2, description="affine coupling layers over the stiff coordinates")
-    covariance_hidden: int = Field(16, ge=1, description="width of the network of the torsion-dependent covariance")
+    couplings: int = Field(6, ge=2, description="affine coupling layers over the stiff coordinates")
     torsion_components: int = Field(12, ge=1, description="wrapped-normal components per free torsion")
     independent_fraction: float = Field(
         0.3, ge=0, lt=1, description="fraction of a batch trained as infinitely lagged (y drawn without seeing x)"
     )
     energy_weight: float = Field(
-        0.8, ge=0, le=1, description="share of the energy term in the loss of the stiff coordinates; the data's is the rest"
+        0.9, ge=0, le=1, description="share of the energy term in the loss of the stiff coordinates; the data's is the rest"
     )
-    balance_weight: float = Field(0.5, ge=0, description="weight of the detailed-balance term of the torsions")
-    energy_batch: int = Field(128, ge=1, description="configurations per step of the energy term")
-    energy_from_step: int = Field(300, ge=0, description="step at which the energy term sets in")
+    balance_weight: float = Field(2.0, ge=0, description="weight of the detailed-balance term of the torsions")
+    energy_batch: int = Field(256, ge=1, description="configurations per step of the energy term")
+    energy_from_step: int = Field(200, ge=0, description="step at which the energy term sets in")
     ema_decay: float = Field(0.995, ge=0, lt=1, description="exponential moving average of the weights")
     metrics_every_steps: int = Field(250, ge=1, description="optimiser steps between rows of metrics.csv")
     checkpoint_every_steps: int = Field(250, ge=1, description="optimiser steps between checkpoints")

@@ -65,9 +65,7 @@ def truth():
 def flow():
     """Return an imperfect flow: right in scale, with random weights everywhere."""
     torch.manual_seed(0)
-    network = InternalFlow(
-        ZMATRIX, FlowArchitecture(lags_ps=(1.0,), hidden=8, couplings=2, covariance_hidden=4, torsion_components=3)
-    )
+    network = InternalFlow(ZMATRIX, FlowArchitecture(lags_ps=(1.0,), hidden=8, couplings=2, torsion_components=3))
     noise = torch.Generator().manual_seed(1)
     internals = Internals(
         bonds=1.03 * BOND + BOND_WIDTH * torch.randn(4000, 3, generator=noise, dtype=torch.float64),
@@ -77,7 +75,7 @@ def flow():
     network.set_statistics(internals)
     with torch.no_grad():
         for value in network.transforms.parameters():
-            value.add_(0.15 * torch.randn(value.shape, generator=noise))
+            value.add_(0.3 * torch.randn(value.shape, generator=noise))
         network.torsion_network.biases[-1][..., 0] = 2.0  # mostly uniform torsions
     return network
 

@@ -5,7 +5,7 @@ The density factorises along the time scales of a peptide,
     q(y | x, label) = prod_k q(t_k(y) | t_<k(y), t(x), label) * q(s(y) | t(y))
 
 with t the free torsions (autoregressive circular mixtures) and s the stiff coordinates: bonds, angles and sibling
-offsets (standardised, then a Gaussian with torsion-dependent covariance, then affine couplings). Stiff coordinates
+offsets (whitened by the covariance of the data, then affine couplings). Stiff coordinates
 forget x(t) within about a picosecond, so beyond the torsions they carry no dependence on x. A label is a time lag tau
 of the training pairs, or "independent": tau -> infinity, where x is not seen at all. An independent label carries
 chains across barriers that no pair at a finite lag crosses; every label is exact on its own under Metropolis-Hastings.
@@ -34,7 +34,7 @@ from torch import Tensor, nn
 
 from longstride.errors import DataError
 from longstride.flows import circular
-from longstride.flows.transforms import AffineCoupling, ConditionalTriangular
+from longstride.flows.transforms import AffineCoupling, Transform
 from longstride.flows.zmatrix import Internals, ZMatrix, place_in_frame, wrap
 from longstride.state import State
 
@@ -54,14 +54,12 @@ class FlowArchitecture:
         hidden: width of the torsion and coupling networks.
         couplings: affine couplings over the stiff coordinates.
         torsion_components: wrapped normals per free torsion.
-        covariance_hidden: width of the network that gives the torsion-dependent covariance.
     """
 
     lags_ps: tuple[float, ...]
     hidden: int = 64
-    couplings: int = 4
+    couplings: int = 6
     torsion_components: int = 12
-    covariance_hidden: int = 16
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -139,9 +137,7 @@ class InternalFlow(nn.Module):
         n_features = 2 * HARMONICS * self.n_torsions
         size = architecture
         self.torsion_network = TorsionNetwork(self.n_torsions, n_features + 2, size.hidden, size.torsion_components)
-        transforms: list[nn.Module] = []
-        if size.covariance_hidden:
-            transforms.append(ConditionalTriangular(self.n_stiff, n_features, size.covariance_hidden))
+        transforms: list[Transform] = []
         shuffle = torch.Generator().manual_seed(0)  # part of the architecture, not of the run's random streams
         mask = torch.zeros(self.n_stiff, dtype=torch.bool)
         for index in range(size.couplings):
@@ -223,6 +219,7 @@ class InternalFlow(nn.Module):
         total = self.whiten.diagonal().log().sum() - 0.5 * self.n_stiff * math.log(2 * math.pi)
         total = total - 0.5 * z.double().square().sum(-1)
         for transform in reversed(self.transforms):
+            assert isinstance(transform, Transform)  # for the type checker: a ModuleList forgets what it holds
             z, logdet = transform.inverse(z, context)
             total = total + logdet
         return torch.linalg.solve_triangular(self.whiten, z.double().T, upper=False).T, total
@@ -259,29 +256,40 @@ class FlowProposal:
     system: System
     label: int
 
-    @torch.no_grad()
     def sample(self, x: State, generator: torch.Generator) -> tuple[State, Tensor]:
         """Return y in the frame of x, and log q(y | x) [batch] float64, NaN where y left the domain (reject it)."""
+        y, log_forward, _ = self.propose(x, generator)
+        return y, log_forward
+
+    @torch.no_grad()
+    def propose(self, x: State, generator: torch.Generator) -> tuple[State, Tensor, Tensor]:
+        """Return y, log q(y | x) and log q(x | y); as `sample` and `log_prob`, with each coordinate converted only once."""
         flow, dtype = self.flow, self.flow.network_dtype
-        torsions_x, _ = flow.encode(flow.zmatrix.from_cartesian(x.positions.double()))
+        here = x.positions.double()
+        internals_x = flow.zmatrix.from_cartesian(here)
+        torsions_x, stiff_x = flow.encode(internals_x)
         context = flow.context(torsions_x.to(dtype), self.label)
-        torsions = flow.torsion_network.sample(context, generator)
-        stiff, log_stiff = flow.sample_stiff(torsions, generator)
-        internals, inside = flow.decode(torsions, stiff)
-        log_q = flow.torsion_network.log_prob(torsions, context) + log_stiff - internals.log_measure()
-        y = place_in_frame(flow.zmatrix.to_cartesian(internals), *flow.zmatrix.frame(x.positions.double()))
-        return State(positions=y.to(x.positions.dtype)), torch.where(inside, log_q, torch.nan)
+        torsions_y = flow.torsion_network.sample(context, generator)
+        stiff_y, log_stiff_y = flow.sample_stiff(torsions_y, generator)
+        internals_y, inside = flow.decode(torsions_y, stiff_y)
+        log_forward = flow.torsion_network.log_prob(torsions_y, context) + log_stiff_y - internals_y.log_measure()
+        y = place_in_frame(flow.zmatrix.to_cartesian(internals_y), *flow.zmatrix.frame(here))
+        log_backward = self._log_prob(torsions_x, stiff_x, torsions_y) - internals_x.log_measure()
+        return State(positions=y.to(x.positions.dtype)), torch.where(inside, log_forward, torch.nan), log_backward
 
     @torch.no_grad()
     def log_prob(self, y: State, x: State) -> Tensor:
         """Return log q(y | x), [batch] float64; -inf where y lies outside the domain."""
-        flow, dtype = self.flow, self.flow.network_dtype
-        torsions_x, _ = flow.encode(flow.zmatrix.from_cartesian(x.positions.double()))
-        internals = flow.zmatrix.from_cartesian(y.positions.double())
-        torsions, stiff = flow.encode(internals)
-        log_torsions = flow.log_prob_torsions(torsions.to(dtype), torsions_x.to(dtype), self.label)
-        log_q = log_torsions + flow.log_prob_stiff(stiff, torsions) - internals.log_measure()
-        return torch.where(flow.contains(stiff), log_q, -torch.inf)
+        torsions_x, _ = self.flow.encode(self.flow.zmatrix.from_cartesian(x.positions.double()))
+        internals = self.flow.zmatrix.from_cartesian(y.positions.double())
+        return self._log_prob(*self.flow.encode(internals), torsions_x) - internals.log_measure()
+
+    def _log_prob(self, torsions: Tensor, stiff: Tensor, given: Tensor) -> Tensor:
+        """Return log q of encoded values given the torsions of the condition, before the measure, [batch]."""
+        dtype = self.flow.network_dtype
+        log_torsions = self.flow.log_prob_torsions(torsions.to(dtype), given.to(dtype), self.label)
+        log_q = log_torsions + self.flow.log_prob_stiff(stiff, torsions)
+        return torch.where(self.flow.contains(stiff), log_q, -torch.inf)
 
     def contains(self, x: State) -> Tensor:
         """Return whether each configuration lies in the domain, [batch] bool; chains must start there."""

@@ -9,6 +9,8 @@ direction), given a context vector per batch entry:
 
 from __future__ import annotations
 
+import abc
+
 import torch
 from torch import Tensor, nn
 
@@ -28,41 +30,19 @@ class Network(nn.Module):
         return self.last(self.layers(x))
 
 
-class ConditionalTriangular(nn.Module):
-    """z = exp(d) * (u - m) + T (u - m), with shift m, log-diagonal d and strict lower triangle T all functions of the context.
+class Transform(nn.Module, abc.ABC):
+    """An invertible map with a context."""
 
-    A Gaussian latent makes this the normal distribution whose mean and full covariance depend on the context: the
-    harmonic approximation of stiff coordinates around each value of the soft ones.
-    """
-
-    def __init__(self, size: int, n_context: int, hidden: int) -> None:
-        super().__init__()
-        self.size = size
-        self.network = Network(n_context, 2 * size + size * (size - 1) // 2, hidden)
-        self.lower: Tensor
-        rows, columns = torch.tril_indices(size, size, offset=-1)
-        self.register_buffer("lower", rows * size + columns, persistent=False)
-
-    def _coefficients(self, context: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        out = self.network(context)
-        shift, log_diagonal, below = out.split([self.size, self.size, out.shape[-1] - 2 * self.size], dim=-1)
-        matrix = out.new_zeros(len(out), self.size * self.size)
-        matrix = matrix.index_copy(1, self.lower, 0.1 * below).unflatten(-1, (self.size, self.size))
-        return shift, log_diagonal, matrix + torch.diag_embed(log_diagonal.exp())
-
+    @abc.abstractmethod
     def forward(self, u: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
-        """Density direction."""
-        shift, log_diagonal, matrix = self._coefficients(context)
-        return torch.bmm(matrix, (u - shift)[..., None])[..., 0], log_diagonal.sum(-1)
+        """Return z [batch, size] and log |det dz/du| [batch] (density direction)."""
 
+    @abc.abstractmethod
     def inverse(self, z: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
-        """Sampling direction."""
-        shift, log_diagonal, matrix = self._coefficients(context)
-        u = torch.linalg.solve_triangular(matrix, z[..., None], upper=False)[..., 0] + shift
-        return u, log_diagonal.sum(-1)
+        """Return u [batch, size] and log |det dz/du| [batch] (sampling direction)."""
 
 
-class AffineCoupling(nn.Module):
+class AffineCoupling(Transform):
     """z_b = (u_b + t(u_a, context)) * exp(s(u_a, context)), z_a = u_a, with |s| < limit (RealNVP, arXiv:1605.08803)."""
 
     def __init__(self, mask: Tensor, n_context: int, hidden: int, limit: float = 1.5) -> None:

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from longstride.mcmc.kernel import LogDensity
     from longstride.potentials.base import Potential
 
+    Propose = Callable[[State, torch.Generator], tuple[State, Tensor, Tensor]]
+
 
 class Proposal(Protocol):
     """A conditional density q(y | x) bound to one System, with respect to the same measure as the target's density."""
@@ -71,19 +73,39 @@ def log_ratio(at_x: Tensor, at_y: Tensor, log_backward: Tensor, log_forward: Ten
     return torch.where(log_r.isnan() | (log_r == torch.inf), -torch.inf, log_r)
 
 
-def metropolis(log_density: LogDensity, proposal: Proposal, *, label: str = "metropolis") -> Kernel:
+def draw_and_score(proposal: Proposal) -> Propose:
+    """Return (x, generator) -> y, log q(y | x), log q(x | y) from a proposal's two methods."""
+
+    def propose(x: State, generator: torch.Generator) -> tuple[State, Tensor, Tensor]:
+        y, log_forward = proposal.sample(x, generator)
+        return y, log_forward, proposal.log_prob(x, y)
+
+    return propose
+
+
+def metropolis(
+    log_density: LogDensity, proposal: Proposal, *, label: str = "metropolis", propose: Propose | None = None
+) -> Kernel:
     """Return the Metropolis-Hastings kernel; exact for the distribution of `log_density`.
 
     Accept y with probability min(1, pi(y) q(x | y) / (pi(x) q(y | x))), else repeat x (Hastings 1970,
     doi:10.1093/biomet/57.1.97). Each chain has its own proposal and its own uniform, drawn fresh each step: sharing any
     auxiliary variable between the proposals of a batch that stops at the first acceptance would bias the chain. A
     proposal whose ratio is NaN (invalid draw, overflowing energy) is rejected.
+
+    Args:
+        log_density: log pi up to a constant.
+        proposal: q(y | x).
+        label: name in `Info`.
+        propose: draws y and returns both log-densities, where the proposal can do so for less than `sample` and
+            `log_prob` one after the other.
     """
+    draw = propose or draw_and_score(proposal)
 
     def step(chains: ChainState, generator: torch.Generator) -> tuple[ChainState, Info]:
-        y, log_forward = proposal.sample(chains.state, generator)
+        y, log_forward, log_backward = draw(chains.state, generator)
         at_y = log_density(y)
-        log_alpha = log_ratio(chains.log_density, at_y, proposal.log_prob(chains.state, y), log_forward)
+        log_alpha = log_ratio(chains.log_density, at_y, log_backward, log_forward)
         accepted = _accept(log_alpha, generator)
         moved = select(accepted, ChainState(state=y, log_density=at_y), chains)
         return moved, Info(accepted=accepted, log_alpha=log_alpha, label=label, energy_calls=len(at_y))

@@ -31,8 +31,8 @@ def timewarp(flow: InternalFlow, potential: Potential, *, kT: float, independent
         independent_probability: probability of the independent label, 0 to 1.
     """
     log_density = boltzmann(potential, kT)
-    labels = flow.architecture.labels
-    kernels = [
-        metropolis(log_density, flow.bind(potential.system, label=index), label=name) for index, name in enumerate(labels)
-    ]
+    kernels = []
+    for index, name in enumerate(flow.architecture.labels):
+        proposal = flow.bind(potential.system, label=index)
+        kernels.append(metropolis(log_density, proposal, label=name, propose=proposal.propose))
     return mixture(kernels, label_probabilities(flow, independent_probability))

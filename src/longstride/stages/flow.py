@@ -28,7 +28,7 @@ from longstride.training.flow import EnergyLoss, Trainer, encode_pairs, internal
 from longstride.units import thermal_energy
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     from longstride.config import FlowConfig
@@ -89,7 +89,6 @@ def build_flow(
         hidden=section.hidden,
         couplings=section.couplings,
         torsion_components=section.torsion_components,
-        covariance_hidden=section.covariance_hidden,
     )
     with torch.random.fork_rng(devices=[]):  # layers initialise from torch's global stream; leave that as it was
         torch.manual_seed(job_seed(seed, "weights"))
@@ -116,7 +115,7 @@ def acceptance(flow: InternalFlow, potential: Potential, starts: np.ndarray, *, 
     return found
 
 
-def _frames(pairs: list[Mapping[str, np.ndarray]]) -> np.ndarray:
+def _frames(pairs: Sequence[Mapping[str, np.ndarray]]) -> np.ndarray:
     return np.concatenate([lagged[end] for lagged in pairs for end in ("x", "y")])
 
 

@@ -30,7 +30,7 @@ from longstride.progress import Progress
 from longstride.state import State
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
     import numpy as np
 
@@ -68,7 +68,7 @@ def internals_of(flow: InternalFlow, positions: np.ndarray) -> Internals:
     return flow.zmatrix.from_cartesian(torch.from_numpy(positions).double())
 
 
-def encode_pairs(flow: InternalFlow, pairs: list[Mapping[str, np.ndarray]]) -> EncodedPairs:
+def encode_pairs(flow: InternalFlow, pairs: Sequence[Mapping[str, np.ndarray]]) -> EncodedPairs:
     """Return the encoded pairs of all lags; `pairs` holds one mapping of x and y, [pair, atom, 3] nm, per lag.
 
     Raises:
