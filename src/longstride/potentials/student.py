@@ -99,10 +99,17 @@ class StudentNetwork(nn.Module):
         """
         return Student(self, system)
 
-    def per_atom(self, species: Tensor) -> AtomWeights:
-        """Return the weights of every atom, [atom, ...], from those of its element."""
+    def per_atom(self, species: Tensor, neighbours: Tensor) -> AtomWeights:
+        """Return the weights of every atom, [atom, ...], from those of its element.
+
+        Args:
+            species: [atom] index of each atom's element in `metadata.elements`.
+            neighbours: [element] indices of the elements that occur; only their rows of the mixtures are returned.
+        """
         first_bias, second_bias = self.first_bias[species], self.second_bias[species]
-        mixing = tuple(weight[species] for weight in self.mixing)
+        radial = self.metadata.radial
+        rows = (neighbours[:, None] * radial + torch.arange(radial)).flatten()
+        mixing = tuple(weight[:, rows][species] for weight in self.mixing)
         return AtomWeights(mixing, self.first[species], first_bias, self.second[species], second_bias, self.last[species])
 
 
@@ -125,7 +132,7 @@ class Geometry(NamedTuple):
         inverse_r: [i, b, j].
         monomials: [i, b, monomial, j].
         radial: [i, b, element x radial, j] radial functions, zero unless j is of that element.
-        radial_slope: their derivatives with respect to the distance.
+        radial_slope: [i, b, radial, j] derivatives of the radial functions with respect to the distance.
     """
 
     rho: Tensor
@@ -140,34 +147,38 @@ def _exponents(degree: int) -> list[tuple[int, int, int]]:
     return [(a, b, degree - a - b) for a in range(degree, -1, -1) for b in range(degree - a, -1, -1)]
 
 
-def _tables() -> dict[str, Tensor]:
+def _tables() -> tuple[Tensor, Tensor]:
     """Constant matrices of the monomials up to DEGREE.
 
-    `factors`: for degree 2 and 3 the two rows (of lower degree) whose product a monomial is. `weights` [degree, monomial]:
-    multinomial coefficients, which make sum_m w M_m(a) M_m(b) = (a . b)^degree rotation invariant. `derivative`
-    [3 x lower, monomial]: dM_m/dx_a = sum over lower k of derivative[a k, m] M_k.
+    First [monomial]: square roots of the multinomial coefficients w, which make sum_m w M_m(a) M_m(b) = (a . b)^degree
+    rotation invariant. Second [3 x lower, monomial]: dM_m/dx_a = sum over lower k of derivative[a k, m] M_k.
     """
     rows = [item for degree in range(DEGREE + 1) for item in _exponents(degree)]
     lower = [item for item in rows if sum(item) < DEGREE]
-    weights = torch.zeros(DEGREE + 1, len(rows))
-    derivative = torch.zeros(3, len(lower), len(rows))
-    left, right = [], []
+    roots = torch.zeros(len(rows), dtype=torch.float64)
+    derivative = torch.zeros(3, len(lower), len(rows), dtype=torch.float64)
     for m, item in enumerate(rows):
-        weights[sum(item), m] = math.factorial(sum(item)) / math.prod(math.factorial(power) for power in item)
+        roots[m] = math.sqrt(math.factorial(sum(item)) / math.prod(math.factorial(power) for power in item))
         for axis in range(3):
             if item[axis]:
                 rest = tuple(power - (k == axis) for k, power in enumerate(item))
                 derivative[axis, lower.index(rest), m] = item[axis]
-        if sum(item) > 1:
-            axis = next(k for k in range(3) if item[k])
-            left.append(1 + axis)
-            right.append(rows.index(tuple(power - (k == axis) for k, power in enumerate(item))))
-    return {
-        "weights": weights,
-        "derivative": derivative.flatten(0, 1),
-        "left": torch.tensor(left),
-        "right": torch.tensor(right),
-    }
+    return roots, derivative.flatten(0, 1)
+
+
+def _monomials(rho: Tensor) -> Tensor:
+    """Return all monomials up to DEGREE of vectors [i, b, 3, j], [i, b, monomial, j], in the order of `_exponents`."""
+    n, b, _, m = rho.shape
+    result = rho.new_empty(n, b, 20, m)
+    result[:, :, 0] = 1.0
+    result[:, :, 1:4] = rho
+    first = 4  # of the degree being made; x times all of the degree below, y times those without x, z times z^(d-1)
+    for below, counts in ((rho, (3, 2, 1)), (result[:, :, 4:10], (6, 3, 1))):
+        for axis, count in enumerate(counts):
+            factor = rho[:, :, axis : axis + 1]
+            torch.mul(factor, below[:, :, below.shape[2] - count :], out=result[:, :, first : first + count])
+            first += count
+    return result
 
 
 class Student:
@@ -193,25 +204,30 @@ class Student:
         self.network = network
         self.name = f"student-of-{network.metadata.teacher}"
         self.dtype = network.first.dtype
-        self._species = torch.tensor([known.index(int(number)) for number in system.atomic_numbers])
-        self._repulsion = ScreenedRepulsion(system.atomic_numbers)
+        # inside, atoms are sorted by element, so that neighbours of one element are a slice
+        species = torch.tensor([known.index(int(number)) for number in system.atomic_numbers])
+        self._order = torch.argsort(species, stable=True)
+        self._original = torch.argsort(self._order)
+        self._species = species[self._order]
+        self._present, counts = torch.unique_consecutive(self._species, return_counts=True)
+        ends = counts.cumsum(0).tolist()
+        self._slices = [slice(end - count, end) for end, count in zip(ends, counts.tolist(), strict=True)]
+        self._repulsion = ScreenedRepulsion(system.atomic_numbers[self._order.numpy()])
+        # an inverse distance above this one means that the repulsion is not zero
+        self._contact = (LENGTH_NM / self._repulsion.reach).to(self.dtype)[:, None]
         self._shift = float(network.shifts[self._species].sum())
-        tables = _tables()
-        self._weights, self._derivative = tables["weights"].to(self.dtype), tables["derivative"].to(self.dtype)
-        split = 10  # the first ten monomials are those of degree 0 to 2
-        self._second = (tables["left"][: split - 4], tables["right"][: split - 4])
-        self._third = (tables["left"][split - 4 :], tables["right"][split - 4 :])
-        self._lower = split
+        roots, derivative = _tables()
+        columns = len(self._slices) * network.metadata.radial
+        self._roots = roots.to(self.dtype)[:, None].expand(-1, columns).contiguous()
+        self._derivative = derivative.to(self.dtype)
+        self._lower = sum(len(_exponents(degree)) for degree in range(DEGREE))
         self._degrees = [len(_exponents(degree)) for degree in range(DEGREE + 1)]
-        self._constant = (torch.arange(sum(self._degrees)) == 0).to(self.dtype)[:, None]
         n = system.n_atoms
-        one_hot = torch.nn.functional.one_hot(self._species, len(known)).T.to(self.dtype)
-        self._one_hot = one_hot[:, None, :]  # [element, 1, j]
         self._apart = (1e6 * torch.eye(n, dtype=self.dtype))[:, None, :]  # puts an atom out of its own reach
         self._cutoff = network.metadata.cutoff_nm / LENGTH_NM
         self._waves = (torch.arange(1, network.metadata.radial + 1) * math.pi / self._cutoff).to(self.dtype)[:, None]
         with torch.no_grad():
-            self._atom_weights = network.per_atom(self._species)
+            self._atom_weights = network.per_atom(self._species, self._present)
 
     def energy(self, x: State) -> Tensor:
         """Return U(x), [batch] kJ/mol float64."""
@@ -229,27 +245,28 @@ class Student:
         Args:
             positions: [batch, atom, 3] nm.
         """
-        energy, forces = self._energy_forces(positions, self.network.per_atom(self._species))
+        energy, forces = self._energy_forces(positions, self.network.per_atom(self._species, self._present))
         return energy - self._shift, forces
 
     def _energy_forces(self, positions: Tensor, weights: AtomWeights) -> tuple[Tensor, Tensor]:
         with torch.no_grad():
-            geometry = self._geometry(positions)
-            moments = geometry.monomials @ geometry.radial.transpose(2, 3)
+            geometry = self._geometry(positions[:, self._order])
+            moments = (geometry.monomials @ geometry.radial.transpose(2, 3)) * self._roots
         energy, gradient = self._atomic_energies(moments, weights)
-        pair = self._pair_forces(geometry, gradient)
+        pair = self._pair_forces(geometry, gradient * self._roots)
         total = ENERGY_KJ * energy.to(torch.float64).sum(dim=0) + self._shift
-        pair = pair * (ENERGY_KJ / LENGTH_NM)
-        r = 1 / geometry.inverse_r
-        if self._repulsion.acts((r * LENGTH_NM).square()):
-            repulsion, slope = self._repulsion.energy_and_slope(r * LENGTH_NM)
+        if bool((geometry.inverse_r > self._contact).any()):
+            repulsion, slope = self._repulsion.energy_and_slope(LENGTH_NM / geometry.inverse_r)
             total = total + repulsion.sum(dim=(0, 2))
-            pair = pair + (slope * geometry.inverse_r).to(pair.dtype)[:, :, None] * geometry.rho
-        return total, (pair.sum(dim=3) - pair.sum(dim=0).transpose(1, 2).transpose(0, 1)).transpose(0, 1)
+            slope = (slope * geometry.inverse_r * (LENGTH_NM / ENERGY_KJ)).to(pair.dtype)
+            pair = pair + slope[:, :, None] * geometry.rho
+        # sums over neighbours [i, b, 3], less the reaction on neighbours [b, 3, j]
+        forces = pair.sum(dim=3).transpose(0, 1) - pair.sum(dim=0).transpose(1, 2)
+        return total, forces[:, self._original] * (ENERGY_KJ / LENGTH_NM)
 
     def _geometry(self, positions: Tensor) -> Geometry:
         # subtracting the centre in the given precision keeps a drifting molecule accurate in single precision
-        x = ((positions - positions.mean(dim=1, keepdim=True)) / LENGTH_NM).to(self.dtype).transpose(1, 2)  # [b, 3, atom]
+        x = ((positions - positions.mean(dim=1, keepdim=True)) / LENGTH_NM).to(self.dtype).transpose(1, 2).contiguous()
         rho = x - x.permute(2, 0, 1)[..., None]
         r2 = rho.square().sum(dim=2) + self._apart
         inverse_r = r2.rsqrt()
@@ -263,44 +280,55 @@ class Student:
         sine = phase.sin()
         radial = sine * envelope[:, :, None]
         radial_slope = phase.cos() * (self._waves * envelope[:, :, None]) + sine * slope[:, :, None]
-        square = rho.index_select(2, self._second[0] - 1) * rho.index_select(2, self._second[1] - 1)
-        low = torch.cat([torch.ones_like(r)[:, :, None], rho, square], dim=2)
-        cube = low.index_select(2, self._third[0]) * low.index_select(2, self._third[1])
         return Geometry(
             rho=rho,
             inverse_r=inverse_r,
-            monomials=torch.cat([low, cube], dim=2),
-            radial=(radial[:, :, None] * self._one_hot).flatten(2, 3),
-            radial_slope=(radial_slope[:, :, None] * self._one_hot).flatten(2, 3),
+            monomials=_monomials(rho),
+            radial=self._by_element(radial),
+            radial_slope=radial_slope,
         )
+
+    def _by_element(self, radial: Tensor) -> Tensor:
+        """Spread [i, b, radial, j] to [i, b, element x radial, j], zero unless j is of that element."""
+        n, b, width, m = radial.shape
+        result = radial.new_zeros(n, b, len(self._slices), width, m)
+        for element, at in enumerate(self._slices):
+            result[:, :, element, :, at] = radial[..., at]
+        return result.flatten(2, 3)
 
     def _atomic_energies(self, moments: Tensor, weights: AtomWeights) -> tuple[Tensor, Tensor]:
         """Return energies [i, b] and their derivatives with respect to moments [i, b, monomial, element x radial]."""
         n, b = moments.shape[:2]
-        parts = zip(moments.split(self._degrees, dim=2), weights.mixing, strict=True)
-        mixed = torch.cat([torch.bmm(part.flatten(1, 2), u).view(n, b, part.shape[2], -1) for part, u in parts], dim=2)
-        left, right = mixed.chunk(2, dim=3)
-        right = right + self._constant
-        invariants = (self._weights @ (left * right)).flatten(2)
-        z1 = torch.baddbmm(weights.first_bias, invariants, weights.first)
+        mixtures, invariants = [], []
+        for degree, (part, mixing) in enumerate(zip(moments.split(self._degrees, dim=2), weights.mixing, strict=True)):
+            mixed = torch.bmm(part.flatten(1, 2), mixing).view(n, b, part.shape[2], -1)
+            left, right = mixed.chunk(2, dim=3)
+            if degree == 0:
+                right = right + 1.0
+            mixtures.append((left, right))
+            invariants.append((left * right).sum(dim=2))
+        z1 = torch.baddbmm(weights.first_bias, torch.cat(invariants, dim=2), weights.first)
         h1, d1 = _silu(z1)
         z2 = torch.baddbmm(weights.second_bias, h1, weights.second)
         h2, d2 = _silu(z2)
         energy = (h2 * weights.last).sum(dim=2)
         g1 = d1 * torch.bmm(d2 * weights.last, weights.second.transpose(1, 2))
-        g = torch.bmm(g1, weights.first.transpose(1, 2)).view(n, b, DEGREE + 1, -1)
-        g = self._weights.T @ g
-        g = torch.cat([g * right, g * left], dim=3)
-        parts = zip(g.split(self._degrees, dim=2), weights.mixing, strict=True)
-        back = [torch.bmm(part.flatten(1, 2), u.transpose(1, 2)).view(n, b, part.shape[2], -1) for part, u in parts]
+        gradients = torch.bmm(g1, weights.first.transpose(1, 2)).chunk(DEGREE + 1, dim=2)
+        back = []
+        for g, (left, right), mixing in zip(gradients, mixtures, weights.mixing, strict=True):
+            both = torch.cat([right, left], dim=3) * torch.cat([g, g], dim=2)[:, :, None]
+            back.append(torch.bmm(both.flatten(1, 2), mixing.transpose(1, 2)).view(n, b, left.shape[2], -1))
         return energy, torch.cat(back, dim=2)
 
     def _pair_forces(self, geometry: Geometry, gradient: Tensor) -> Tensor:
         """Return dE/drho, [i, b, 3, j]."""
-        along = ((gradient.transpose(2, 3) @ geometry.monomials) * geometry.radial_slope).sum(dim=2)
+        # along[element, radial, j] matters where j is of that element only
+        along = (gradient.transpose(2, 3) @ geometry.monomials).split(geometry.radial_slope.shape[2], dim=2)
+        chosen = torch.cat([part[..., at] for part, at in zip(along, self._slices, strict=True)], dim=3)
+        slope = (chosen * geometry.radial_slope).sum(dim=2)
         across = self._derivative @ (gradient @ geometry.radial)
         across = across.unflatten(2, (3, self._lower)) * geometry.monomials[:, :, None, : self._lower]
-        return torch.addcmul(across.sum(dim=3), (along * geometry.inverse_r)[:, :, None], geometry.rho)
+        return torch.addcmul(across.sum(dim=3), (slope * geometry.inverse_r)[:, :, None], geometry.rho)
 
 
 def _silu(z: Tensor) -> tuple[Tensor, Tensor]:
