@@ -1,0 +1,177 @@
+"""The distill, mts and sts stages end to end, with the force field standing in for the expensive teacher."""
+
+import numpy as np
+import pytest
+import torch
+
+from longstride.config import DistillConfig, MTSSampling, STSSampling
+from longstride.data.atomic import read_arrays
+from longstride.data.frames import write_trajectory
+from longstride.data.manifest import read_manifest, write_manifest
+from longstride.errors import DataError, NumericsError
+from longstride.potentials.amber import AmberPotential
+from longstride.stages import distill, sample_mts
+from longstride.state import State
+
+DISTILL = DistillConfig(frames=60, max_steps=30, batch_size=8, checkpoint_every_steps=10, channels=4, hidden=16)
+MTS = MTSSampling(
+    replicas=2,
+    length_ps=0.08,
+    outer_timestep_fs=2.0,
+    inner_steps=2,
+    equilibration_ps=0.02,
+    save_every_ps=0.01,
+    checkpoint_every_ps=0.02,
+    max_slow_force_kJ_per_mol_nm=1e5,
+)
+STS = STSSampling(
+    replicas=2, length_ps=0.04, timestep_fs=1.0, equilibration_ps=0.01, save_every_ps=0.01, checkpoint_every_ps=0.02
+)
+
+
+@pytest.fixture(scope="module")
+def reference(alanine, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("reference")
+    rng, files = np.random.default_rng(0), []
+    for index in range(2):
+        positions = (alanine.positions + rng.normal(scale=0.003, size=(10, 22, 3))).astype(np.float32)
+        zeros = np.zeros_like(positions)
+        frames = {"positions": positions, "velocities": zeros, "forces": zeros}
+        frames |= {key: np.zeros(10) for key in ("potential_energy", "kinetic_energy", "time")}
+        files += write_trajectory(folder, index, frames)
+    write_manifest(folder, kind="reference", files=files, content={"temperature_K": 310.0})
+    return folder
+
+
+class Kill(Exception):
+    """Stands for kill -9 at a chosen teacher call."""
+
+
+@pytest.fixture
+def teacher(alanine, monkeypatch):
+    """Replace xTB by AMBER; `teacher.dies_at` ends the job at that call."""
+    amber = AmberPotential.from_openmm(alanine.openmm_system, alanine.system, name="gfn2-xtb", dtype=torch.float64)
+
+    class Teacher:
+        calls, dies_at, nan_at = 0, None, None
+        system, name = alanine.system, "gfn2-xtb"
+
+        def __init__(self, system, *, method, charge, threads):
+            assert (method, charge) == ("gfn2-xtb", 0)
+
+        def energy_forces(self, x: State):
+            Teacher.calls += 1
+            if Teacher.calls == Teacher.dies_at:
+                raise Kill
+            energy, forces = amber.energy_forces(x)
+            return energy * (float("nan") if Teacher.calls == Teacher.nan_at else 1.0), forces
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+    for module in (distill, sample_mts):
+        monkeypatch.setattr(module, "XTBPotential", Teacher)
+    return Teacher
+
+
+def run_distill(folder, alanine_folder, reference, name="distill"):
+    distill.run(
+        DISTILL,
+        prepared=alanine_folder,
+        reference=reference,
+        out=folder / name,
+        state=folder / f"{name}.state",
+        seed=1,
+        threads=1,
+    )
+    return folder / name
+
+
+def run_mts(folder, alanine_folder, reference, distilled, *, name="mts", section=MTS, teacher="gfn2-xtb"):
+    sample_mts.run_mts(
+        section,
+        prepared=alanine_folder,
+        distill=distilled,
+        reference=reference,
+        out=folder / name,
+        state=folder / f"{name}.state",
+        seed=2,
+        threads=1,
+        teacher=teacher,
+    )
+    return folder / name
+
+
+def test_the_whole_path(tmp_path, alanine_folder, reference, teacher, capsys):
+    distilled = run_distill(tmp_path, alanine_folder, reference)
+    found = read_manifest(distilled, kind="distill")
+    assert found["frames"]["teacher_calls"] >= teacher.calls  # a call labels many frames
+    assert 0 < found["force_relative"] < 1
+    assert found["frames"]["held_out"] > 0
+    assert len((distilled / "metrics.csv").read_text().splitlines()) == 4
+    out = run_mts(tmp_path, alanine_folder, reference, distilled)
+    samples = read_arrays(out / "samples.safetensors")[0]
+    assert samples["positions"].shape == (8, 2, 22, 3)
+    assert samples["velocities"].shape == (8, 2, 22, 3)
+    assert samples["potential_energy"].shape == samples["kinetic_energy"].shape == (8, 2)
+    found = read_manifest(out, kind="samples")
+    assert found["target"] == "gfn2-xtb"
+    assert found["counts"]["force_calls"] == 80
+    assert found["counts"]["student_calls"] == 160
+    assert found["save_every"] == pytest.approx(0.01)
+    assert sum(found["masses_Da"]) == pytest.approx(144.2, abs=0.2)
+    assert list(found["kinetic_temperature_K"]) == ["H", "C", "N", "O"]
+    assert not list((tmp_path / "mts.state").glob("*.safetensors"))
+    sample_mts.run_sts(
+        STS,
+        prepared=alanine_folder,
+        reference=reference,
+        out=tmp_path / "sts",
+        state=tmp_path / "sts.state",
+        seed=2,
+        threads=1,
+        teacher="gfn2-xtb",
+    )
+    found = read_manifest(tmp_path / "sts", kind="samples")
+    assert (found["method"], found["counts"]["student_calls"], found["counts"]["force_calls"]) == ("sts", 0, 80)
+    assert "ps/s" in capsys.readouterr().out
+    with pytest.raises(DataError, match="not from gfn1-xtb"):
+        run_mts(tmp_path, alanine_folder, reference, distilled, name="other", teacher="gfn1-xtb")
+
+
+def test_killed_jobs_continue_bitwise(tmp_path, alanine_folder, reference, teacher):
+    whole = run_distill(tmp_path, alanine_folder, reference, "whole")
+    calls = teacher.calls
+    teacher.calls, teacher.dies_at = 0, calls // 2
+    with pytest.raises(Kill):
+        run_distill(tmp_path, alanine_folder, reference, "parts")
+    teacher.dies_at = None
+    parts = run_distill(tmp_path, alanine_folder, reference, "parts")
+    for key, value in read_arrays(whole / "student.safetensors")[0].items():
+        assert np.array_equal(value, read_arrays(parts / "student.safetensors")[0][key]), key
+    whole_samples = run_mts(tmp_path, alanine_folder, reference, whole, name="mts-whole")
+    teacher.calls, teacher.dies_at = 0, 28
+    with pytest.raises(Kill):
+        run_mts(tmp_path, alanine_folder, reference, whole, name="mts-parts")
+    teacher.dies_at = None
+    parts_samples = run_mts(tmp_path, alanine_folder, reference, whole, name="mts-parts")
+    expected = read_arrays(whole_samples / "samples.safetensors")[0]
+    for key, value in read_arrays(parts_samples / "samples.safetensors")[0].items():
+        assert np.array_equal(value, expected[key]), key
+
+
+def test_failing_teacher_stops_with_one_line_and_a_restart_is_possible(tmp_path, alanine_folder, reference, teacher):
+    distilled = run_distill(tmp_path, alanine_folder, reference)
+    teacher.calls, teacher.nan_at = 0, 30
+    with pytest.raises(
+        NumericsError, match=r"potential energy is not finite .*\(replica 0\); use a shorter outer_timestep_fs"
+    ) as error:
+        run_mts(tmp_path, alanine_folder, reference, distilled)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "mts" / "manifest.json").exists()
+    before = teacher.calls
+    run_mts(tmp_path, alanine_folder, reference, distilled)
+    assert teacher.calls - before < 30  # continued from the last good state
