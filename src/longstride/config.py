@@ -136,8 +136,8 @@ class DistillConfig(Section):
     cutoff_nm: float = Field(0.35, gt=0.1, le=1.0, description="range of the student")
     channels: int = Field(16, ge=2, description="rotation invariants per angular degree (0 to 3)")
     hidden: int = Field(64, ge=8, description="width of the student's perceptrons")
-    max_steps: int = Field(3000, ge=1, description="optimiser steps")
-    batch_size: int = Field(32, ge=1, description="frames per optimiser step")
+    max_steps: int = Field(4000, ge=1, description="optimiser steps")
+    batch_size: int = Field(16, ge=1, description="frames per optimiser step")
     learning_rate: float = Field(1e-2, gt=0, description="peak learning rate (Adam, warm-up, cosine decay)")
     checkpoint_every_steps: int = Field(250, ge=1, description="optimiser steps between checkpoints")
 
