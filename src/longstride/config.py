@@ -166,8 +166,8 @@ class FlowSampling(Section):
     """What both methods with flow proposals share."""
 
     chains: int = Field(256, ge=2, description="chains advanced together")
-    proposals: int = Field(2000, ge=1, description="proposals per chain")
-    save_every: int = Field(10, ge=1, description="proposals between saved states")
+    proposals: int = Field(1000, ge=1, description="proposals per chain")
+    save_every: int = Field(4, ge=1, description="proposals between saved states")
     independent_probability: float = Field(
         0.3, ge=0, le=1, description="probability of a proposal that does not see x; the lags share the rest"
     )
@@ -175,7 +175,7 @@ class FlowSampling(Section):
         None, description="compile the target energy, several times faster after 10-40 s; null: where a C++ compiler is found"
     )
     checkpoint_every: int = Field(200, ge=1, description="proposals between checkpoints")
-    burn_in: int = Field(200, ge=0, description="proposals per chain discarded before the first saved one")
+    burn_in: int = Field(100, ge=0, description="proposals per chain discarded before the first saved one")
 
     @model_validator(mode="after")
     def _whole_saves(self) -> Self:

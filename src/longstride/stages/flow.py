@@ -35,17 +35,21 @@ if TYPE_CHECKING:
     from longstride.potentials.base import Potential
     from longstride.systems import Prepared
 
+THREADS = 1
 HELD_OUT = 512  # validation frames from which acceptance is measured
 
 
 def run(section: FlowConfig, *, prepared: Path, shards: Path, out: Path, state: Path, seed: int, threads: int) -> None:
     """Write model.safetensors, metrics.csv and the manifest to `out`; continue from `state`.
 
+    Training runs on one core however many `threads` grants: its tensors are small, a second thread mostly waits (and waits
+    badly where the machine is shared), and the order of sums, hence the result, would depend on the number.
+
     Raises:
         DataError: the shards belong to another molecule or force field.
         NumericsError: training diverged.
     """
-    torch.set_num_threads(threads)
+    torch.set_num_threads(THREADS)
     molecule = load_prepared(prepared)
     source = read_manifest(shards, kind="shards")
     if source["system_hash"] != molecule.system_hash:
@@ -69,7 +73,7 @@ def run(section: FlowConfig, *, prepared: Path, shards: Path, out: Path, state: 
     energy = (
         EnergyLoss(potential=_single_precision(molecule), kT=kT, size=section.energy_batch) if section.energy_weight else None
     )
-    key = fingerprint(section.model_dump(), molecule.system_hash, source["files"], seed, threads, code_version("flow"))
+    key = fingerprint(section.model_dump(), molecule.system_hash, source["files"], seed, code_version("flow"))
     with open_state(state, key) as folder:
         train(trainer, pairs, section, energy_loss=energy, evaluate=evaluate, folder=folder)
         _write(trainer, section, molecule, source=source, out=out)

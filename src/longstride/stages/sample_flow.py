@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from longstride.potentials.base import Potential
     from longstride.systems import Prepared
 
+THREADS = 1  # one core however many are granted, as in training; repeats (seeds) are what runs side by side
+
 
 def run_timewarp(
     section: TimewarpSampling, *, prepared: Path, flow: Path, reference: Path, out: Path, state: Path, seed: int, threads: int
@@ -74,7 +76,8 @@ def _sample(
     seed: int,
     threads: int,
 ) -> None:
-    torch.set_num_threads(threads)
+    used = min(threads, THREADS)
+    torch.set_num_threads(used)
     molecule = load_prepared(folders["prepared"])
     trained = read_manifest(folders["flow"], kind="flow")
     source = read_manifest(folders["reference"], kind="reference", verify=False)
@@ -91,7 +94,7 @@ def _sample(
     chains = start_chains(boltzmann(potential, kT), checked_starts(network.bind(molecule.system).contains, x))
     generator = torch.Generator().manual_seed(job_seed(seed, "chains"))
     inputs = (molecule.system_hash, trained["files"], source["files"])
-    key = fingerprint(section.model_dump(), inputs, seed, threads, code_version("sample_flow"))
+    key = fingerprint(section.model_dump(), inputs, seed, code_version("sample_flow"))
     schedule = Schedule(
         steps=section.proposals,
         burn_in=section.burn_in,
@@ -101,7 +104,7 @@ def _sample(
     kernel = make(network, potential, kT)
     with open_state(folders["state"], key) as folder:
         saved, tally = run(kernel, chains, schedule, generator=generator, folder=folder, label=method)
-        identity = {"method": method, "invariance": kernel.invariance, "seed": seed, "threads": threads}
+        identity = {"method": method, "invariance": kernel.invariance, "seed": seed, "threads": used}
         _write(saved, tally, identity, section, molecule=molecule, trained=trained, out=folders["out"])
         folder.clear()
 
