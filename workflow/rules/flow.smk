@@ -10,7 +10,7 @@ rule train_flow:
         "<run>/benchmarks/flow/{system}.tsv"
     conda:
         "../../envs/longstride.yaml"
-    threads: 8
+    threads: 1
     resources:
         mem_mb=6000,
         runtime=240,

@@ -47,7 +47,7 @@ rule sample_flow:
         method="timewarp|explore",
     conda:
         "../../envs/longstride.yaml"
-    threads: 8
+    threads: 1
     resources:
         mem_mb=8000,
         runtime=240,
