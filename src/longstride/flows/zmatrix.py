@@ -25,6 +25,7 @@ import numpy as np
 import torch
 
 from longstride.errors import DataError
+from longstride.systems import neighbours
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -151,25 +152,17 @@ def _place(x: Tensor, rows: Tensor, b: Tensor, theta: Tensor, phi: Tensor) -> Te
     return parent + b[..., None] * (theta.cos()[..., None] * axis + theta.sin()[..., None] * radial)
 
 
-def _neighbours(system: System) -> list[list[int]]:
-    found: list[set[int]] = [set() for _ in range(system.n_atoms)]
-    for first, second in system.bonds:
-        found[int(first)].add(int(second))
-        found[int(second)].add(int(first))
-    return [sorted(atoms) for atoms in found]
-
-
-def _spanning_tree(neighbours: list[list[int]], root: int) -> tuple[list[int], list[int]]:
+def _spanning_tree(bonded_to: list[list[int]], root: int) -> tuple[list[int], list[int]]:
     """Return breadth-first order and the parent of each atom (-1 for the root)."""
-    parent = [-2] * len(neighbours)
+    parent = [-2] * len(bonded_to)
     parent[root] = -1
     order = [root]
     for atom in order:
-        for other in neighbours[atom]:
+        for other in bonded_to[atom]:
             if parent[other] == -2:
                 parent[other] = atom
                 order.append(other)
-    if len(order) < len(neighbours):
+    if len(order) < len(bonded_to):
         raise DataError("the bond graph has more than one piece: internal coordinates describe a single molecule; give one")
     return order, parent
 
@@ -181,13 +174,13 @@ def _branch_sizes(order: list[int], parent: list[int]) -> list[int]:
     return size
 
 
-def _centre(neighbours: list[list[int]]) -> int:
+def _centre(bonded_to: list[list[int]]) -> int:
     """Return the atom with two or more bonds whose removal leaves the smallest largest branch."""
-    best, best_size = -1, len(neighbours) + 1
-    for atom, bonded in enumerate(neighbours):
+    best, best_size = -1, len(bonded_to) + 1
+    for atom, bonded in enumerate(bonded_to):
         if len(bonded) < 2:
             continue
-        order, parent = _spanning_tree(neighbours, atom)
+        order, parent = _spanning_tree(bonded_to, atom)
         size = _branch_sizes(order, parent)
         largest = max(size[other] for other in bonded if parent[other] == atom)
         if largest < best_size:
@@ -233,9 +226,9 @@ def build_zmatrix(system: System) -> ZMatrix:
     Raises:
         DataError: fewer than three atoms, or more than one molecule.
     """
-    neighbours = _neighbours(system)
-    root = _centre(neighbours)
-    order, parent = _spanning_tree(neighbours, root)
+    bonded_to = neighbours(system)
+    root = _centre(bonded_to)
+    order, parent = _spanning_tree(bonded_to, root)
     size = _branch_sizes(order, parent)
     children: list[list[int]] = [[] for _ in order]
     for atom in order[1:]:
