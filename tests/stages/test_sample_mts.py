@@ -8,6 +8,7 @@ from longstride.config import DistillConfig, MTSSampling, STSSampling
 from longstride.data.atomic import read_arrays
 from longstride.data.frames import write_trajectory
 from longstride.data.manifest import read_manifest, write_manifest
+from longstride.dynamics import replicas
 from longstride.errors import DataError, NumericsError
 from longstride.potentials.amber import AmberPotential
 from longstride.stages import distill, sample_mts
@@ -56,7 +57,7 @@ def teacher(alanine, monkeypatch):
         calls, dies_at, nan_at = 0, None, None
         system, name = alanine.system, "gfn2-xtb"
 
-        def __init__(self, system, *, method, charge, threads):
+        def __init__(self, system, *, method, charge, threads=1):
             assert (method, charge) == ("gfn2-xtb", 0)
 
         def energy_forces(self, x: State):
@@ -72,7 +73,7 @@ def teacher(alanine, monkeypatch):
         def __exit__(self, *_):
             pass
 
-    for module in (distill, sample_mts):
+    for module in (distill, replicas):
         monkeypatch.setattr(module, "XTBPotential", Teacher)
     return Teacher
 

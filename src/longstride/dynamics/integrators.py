@@ -115,12 +115,11 @@ def baoab(
         friction: Langevin friction in 1/ps.
         generator: source of the noise.
     """
-    inverse = 1 / md.masses[:, None]
-    x, v = _drift_noise_drift(
-        md.positions, md.velocities + 0.5 * dt * md.forces * inverse, inverse, dt, kT=kT, friction=friction, generator=generator
-    )
+    kick = 0.5 * dt / md.masses[:, None]
+    middle = _Middle(dt, md.masses, kT=kT, friction=friction, generator=generator)
+    x, v = middle(md.positions, md.velocities + kick * md.forces)
     energy, forces = _evaluate(potential, x)
-    return replace(md, positions=x, velocities=v + 0.5 * dt * forces * inverse, forces=forces, potential_energy=energy)
+    return replace(md, positions=x, velocities=v + kick * forces, forces=forces, potential_energy=energy)
 
 
 def respa_baoab(
@@ -161,15 +160,16 @@ def respa_baoab(
     if md.fast_forces is None:
         raise LongstrideError("multi-time-step dynamics needs the fast forces of its first state; make it with start(fast=...)")
     h = dt / n_inner
-    inverse = 1 / md.masses[:, None]
+    kick, outer_kick = 0.5 * h / md.masses[:, None], 0.5 * dt / md.masses[:, None]
+    middle = _Middle(h, md.masses, kT=kT, friction=friction, generator=generator)
     x, f_fast = md.positions, md.fast_forces
-    v = md.velocities + 0.5 * dt * (md.forces - f_fast) * inverse
+    v = md.velocities + outer_kick * (md.forces - f_fast)
     for _ in range(int(n_inner)):
-        x, v = _drift_noise_drift(x, v + 0.5 * h * f_fast * inverse, inverse, h, kT=kT, friction=friction, generator=generator)
+        x, v = middle(x, v + kick * f_fast)
         f_fast = _evaluate(fast, x)[1]
-        v = v + 0.5 * h * f_fast * inverse
+        v = v + kick * f_fast
     energy, f_slow = _evaluate(slow, x)
-    v = v + 0.5 * dt * (f_slow - f_fast) * inverse
+    v = v + outer_kick * (f_slow - f_fast)
     return replace(md, positions=x, velocities=v, forces=f_slow, potential_energy=energy, fast_forces=f_fast)
 
 
@@ -186,16 +186,20 @@ def whole_steps(outer: float, inner: float) -> int:
     return n
 
 
-def _drift_noise_drift(
-    x: Tensor, v: Tensor, inverse: Tensor, h: float, *, kT: float | Tensor, friction: float, generator: Generator
-) -> tuple[Tensor, Tensor]:
-    """A(h/2) O(h) A(h/2); no noise is drawn at zero friction, so that NVE runs leave the generator alone."""
-    x = x + 0.5 * h * v
-    if friction > 0:
-        decay = math.exp(-friction * h)
-        noise = torch.randn(v.shape, generator=generator, dtype=v.dtype)
-        v = decay * v + ((1 - decay * decay) * kT * inverse) ** 0.5 * noise
-    return x + 0.5 * h * v, v
+class _Middle:
+    """The part A(h/2) O(h) A(h/2); no noise is drawn at zero friction, so that NVE runs leave the generator alone."""
+
+    def __init__(self, h: float, masses: Tensor, *, kT: float | Tensor, friction: float, generator: Generator) -> None:
+        self._half, self._friction, self._generator = 0.5 * h, friction, generator
+        self._decay = math.exp(-friction * h)
+        self._noise = ((1 - self._decay**2) * kT / masses[:, None]) ** 0.5
+
+    def __call__(self, x: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Return positions and velocities after the three parts."""
+        x = x + self._half * v
+        if self._friction > 0:
+            v = self._decay * v + self._noise * torch.randn(v.shape, generator=self._generator, dtype=v.dtype)
+        return x + self._half * v, v
 
 
 def _evaluate(potential: Potential, x: Tensor) -> tuple[Tensor, Tensor]:

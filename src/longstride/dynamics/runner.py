@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from torch import Generator
 
     from longstride.data.checkpoint import StateFolder
-    from longstride.progress import Progress
     from longstride.state import System
 
 FIELDS = ("positions", "velocities", "forces", "potential_energy", "masses", "fast_forces")
@@ -34,12 +33,14 @@ class Monitor:
         temperature_K: of the thermostat.
         max_slow_force: largest |F_slow - F_fast| on one atom, kJ/mol/nm; infinite for single-step runs.
         advice: how to mend it, the end of the error line.
+        first_replica: number of the first replica in error lines, where a run is one group of many.
     """
 
     system: System
     temperature_K: float
     max_slow_force: float = math.inf
     advice: str = "use a shorter timestep"
+    first_replica: int = 0
 
     def check(self, md: MDState, *, time_ps: float) -> None:
         """Look at one state.
@@ -75,7 +76,7 @@ class Monitor:
         return self.temperature_K * (1 + 12 * math.sqrt(2 / (3 * n_atoms)))
 
     def _line(self, what: str, replica: int, atom: int | None, time_ps: float) -> str:
-        where = f"replica {replica}"
+        where = f"replica {self.first_replica + replica}"
         if atom is not None:
             label = f"{self.system.residue_names[atom]}{self.system.residue_indices[atom] + 1} {self.system.atom_names[atom]}"
             where += f", atom {atom} ({label})"
@@ -161,7 +162,7 @@ def run_trajectory(
     monitor: Monitor,
     store: StateFolder,
     equilibrate: Callable[[MDState, Generator], MDState] | None = None,
-    progress: Progress | None = None,
+    progress: Callable[[float], None] | None = None,
 ) -> RunResult:
     """Run, or continue from the newest checkpoint in `store`, and return every saved frame.
 
@@ -177,7 +178,7 @@ def run_trajectory(
         monitor: limits, checked after every step.
         store: open state folder.
         equilibrate: step of the discarded part, where it differs (such as a higher friction).
-        progress: told the number of finished steps.
+        progress: called with the number of finished steps.
 
     Raises:
         NumericsError: from the monitor, with the time of the last good state.
@@ -211,7 +212,7 @@ def run_trajectory(
             _save(store, plan, done, found=(md, frames), generator=generator, clock=clock)
             frames = []
         if progress is not None:
-            progress.update(done)
+            progress(done)
     return RunResult(frames=_collect(store, plan), final=md, **clock.meta())
 
 

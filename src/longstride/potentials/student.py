@@ -89,6 +89,7 @@ class StudentNetwork(nn.Module):
         self.second_bias = weights(n, 1, hidden, fan_in=1, gain=0.1)
         self.last = weights(n, 1, hidden, fan_in=hidden)
         # energy of one atom of each element, kJ/mol; fitted, not trained, since forces do not see it
+        self.shifts: Tensor
         self.register_buffer("shifts", torch.zeros(n, dtype=torch.float64))
 
     def forward(self, system: System) -> Student:
@@ -161,8 +162,8 @@ def _tables() -> tuple[Tensor, Tensor]:
         roots[m] = math.sqrt(math.factorial(sum(item)) / math.prod(math.factorial(power) for power in item))
         for axis in range(3):
             if item[axis]:
-                rest = tuple(power - (k == axis) for k, power in enumerate(item))
-                derivative[axis, lower.index(rest), m] = item[axis]
+                below = [power - (k == axis) for k, power in enumerate(item)]
+                derivative[axis, lower.index((below[0], below[1], below[2])), m] = item[axis]
     return roots, derivative.flatten(0, 1)
 
 

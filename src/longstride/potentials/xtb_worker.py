@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import sys
 from typing import IO, Any
 
 import numpy as np
@@ -71,4 +70,4 @@ def _serve(calculator: Any, n_atoms: int, requests: IO[bytes], answers: IO[bytes
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -7,41 +7,32 @@ the energy by which frames of another potential are strained.
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from ase.data import chemical_symbols
 
-from longstride.config import STSSampling
 from longstride.data.atomic import write_arrays
 from longstride.data.checkpoint import fingerprint, open_state
 from longstride.data.frames import start_positions
 from longstride.data.manifest import read_manifest, write_manifest
-from longstride.dynamics.integrators import MDState, baoab, respa_baoab, start, thermal_velocities, whole_steps
+from longstride.dynamics.integrators import whole_steps
 from longstride.dynamics.masses import repartitioned_masses
-from longstride.dynamics.runner import Monitor, RunPlan, RunResult, run_trajectory
+from longstride.dynamics.replicas import GROUP, ReplicaJob, ReplicaResult, run_replicas
+from longstride.dynamics.runner import RunPlan
 from longstride.fingerprints import code_version
 from longstride.potentials.student import load_student
-from longstride.potentials.xtb import XTBPotential
-from longstride.progress import Progress
 from longstride.provenance import provenance
 from longstride.seeds import job_seed
 from longstride.stages.distill import total_charge
 from longstride.systems import load_prepared
-from longstride.units import BOLTZMANN_KJ_PER_MOL_K, FS_PS, thermal_energy
+from longstride.units import BOLTZMANN_KJ_PER_MOL_K, FS_PS
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
     from pathlib import Path
 
-    from longstride.config import MTSSampling
-    from longstride.potentials.base import Potential
-    from longstride.potentials.student import Student
-
-    Step = Callable[[MDState, torch.Generator], MDState]
-
-EQUILIBRATION_FRICTION_PER_PS = 10.0
+    from longstride.config import MTSSampling, STSSampling
 
 
 def run_mts(
@@ -64,9 +55,11 @@ def run_mts(
         NumericsError: the monitor stopped the dynamics; the last good state is kept.
     """
     trained = read_manifest(distill, kind="distill")
-    student = load_student(distill / "student.safetensors", teacher=teacher)(load_prepared(prepared).system)
     job = _Job(section, "mts", prepared=prepared, reference=reference, seed=seed, teacher=teacher)
-    job.fast, job.identity = student, trained["files"]
+    job.student, job.identity = distill / "student.safetensors", trained["files"]
+    load_student(job.student, teacher=teacher)(job.molecule.system)  # a refusal comes before any process starts
+    job.max_slow_force = section.max_slow_force_kJ_per_mol_nm
+    job.advice = "use a shorter outer_timestep_fs, or distil with more frames"
     job.run(out, state, dt=section.outer_timestep_fs * FS_PS, n_inner=section.inner_steps, threads=threads)
 
 
@@ -84,7 +77,7 @@ def run_sts(
 
 
 class _Job:
-    """What the two methods share: inputs, start, run, output."""
+    """What the two methods share: inputs, run, output."""
 
     def __init__(
         self,
@@ -103,13 +96,14 @@ class _Job:
         self.temperature_K: float = self.source["temperature_K"]
         self.masses = repartitioned_masses(self.molecule.system, section.hydrogen_mass_Da)
         self.charge = total_charge(self.molecule)
-        self.fast: Student | None = None
+        self.student: Path | None = None
         self.identity: dict[str, Any] = {}
+        self.max_slow_force = math.inf
+        self.advice = "use a shorter timestep_fs, or check the total charge"
 
     def run(self, out: Path, state: Path, *, dt: float, n_inner: int, threads: int) -> None:
         """Run or continue the dynamics and write samples and manifest; `n_inner` 0 means no student."""
         section = self.section
-        torch.set_num_threads(1)  # tensors of a few replicas are too small to share between threads
         save_every = whole_steps(section.save_every_ps, dt)
         plan = RunPlan(
             dt=dt,
@@ -117,6 +111,20 @@ class _Job:
             n_steps=round(section.length_ps / section.save_every_ps) * save_every,
             save_every=save_every,
             checkpoint_every=max(1, round(section.checkpoint_every_ps / dt)),
+        )
+        job = ReplicaJob(
+            system=self.molecule.system,
+            teacher=self.teacher,
+            charge=self.charge,
+            student=self.student,
+            n_inner=n_inner,
+            masses=self.masses,
+            temperature_K=self.temperature_K,
+            friction_per_ps=section.friction_per_ps,
+            plan=plan,
+            max_slow_force=self.max_slow_force,
+            advice=self.advice,
+            seed=self.seed,
         )
         key = fingerprint(
             section.model_dump(),
@@ -127,60 +135,20 @@ class _Job:
             (self.teacher, self.charge, self.seed),
             code_version("sample_mts"),
         )
-        system = self.molecule.system
-        with (
-            open_state(state, key) as store,
-            XTBPotential(system, method=self.teacher, charge=self.charge, threads=threads) as teacher,
-        ):
-            result = run_trajectory(
-                lambda: self._begin(teacher),
-                self._step(teacher, dt, n_inner, section.friction_per_ps),
-                plan=plan,
-                generator=torch.Generator().manual_seed(job_seed(self.seed, "noise")),
-                monitor=self._monitor(),
-                store=store,
-                equilibrate=self._step(teacher, dt, n_inner, max(section.friction_per_ps, EQUILIBRATION_FRICTION_PER_PS)),
-                progress=Progress(f"sample {self.method}", plan.total, "steps"),
-            )
-            self._write(out, result, plan=plan, n_inner=n_inner, threads=threads)
+        starts = start_positions(self.reference, count=section.replicas, seed=job_seed(self.seed, "starts"))
+        result = run_replicas(job, starts, state=state, key=key, threads=threads, label=f"sample {self.method}")
+        self._write(out, result, plan=plan, n_inner=n_inner, threads=threads)
+        with open_state(state, key) as store:
             store.clear()
 
-    def _begin(self, teacher: Potential) -> MDState:
-        positions = torch.from_numpy(
-            start_positions(self.reference, count=self.section.replicas, seed=job_seed(self.seed, "starts"))
-        )
-        masses = torch.from_numpy(self.masses)
-        generator = torch.Generator().manual_seed(job_seed(self.seed, "velocities"))
-        velocities = thermal_velocities(positions.shape, masses, thermal_energy(self.temperature_K), generator)
-        return start(positions, velocities, masses=masses, potential=teacher, fast=self.fast)
-
-    def _step(self, teacher: Potential, dt: float, n_inner: int, friction: float) -> Step:
-        kT, fast = thermal_energy(self.temperature_K), self.fast
-        if fast is None:
-            return lambda md, generator: baoab(md, potential=teacher, dt=dt, kT=kT, friction=friction, generator=generator)
-        return lambda md, generator: respa_baoab(
-            md, fast=fast, slow=teacher, n_inner=n_inner, dt=dt, kT=kT, friction=friction, generator=generator
-        )
-
-    def _monitor(self) -> Monitor:
-        if isinstance(self.section, STSSampling):
-            return Monitor(
-                system=self.molecule.system,
-                temperature_K=self.temperature_K,
-                advice="use a shorter timestep_fs, or check the total charge",
-            )
-        return Monitor(
-            system=self.molecule.system,
-            temperature_K=self.temperature_K,
-            max_slow_force=self.section.max_slow_force_kJ_per_mol_nm,
-            advice="use a shorter outer_timestep_fs, or distil with more frames",
-        )
-
-    def _write(self, out: Path, result: RunResult, *, plan: RunPlan, n_inner: int, threads: int) -> None:
+    def _write(self, out: Path, result: ReplicaResult, *, plan: RunPlan, n_inner: int, threads: int) -> None:
         out.mkdir(parents=True, exist_ok=True)
         write_arrays(out / "samples.safetensors", result.frames)
         calls = plan.n_steps * self.section.replicas
         by_element = element_temperatures(result.frames["velocities"], self.masses, self.molecule.system.atomic_numbers)
+        # groups run side by side, one per core: the machine is busy for the sum divided by the cores
+        busy = min(threads, -(-self.section.replicas // GROUP))
+        sampling_s, burn_in_s = result.production_s / busy, result.discarded_s / busy
         content = {
             "system": self.molecule.system.name,
             "method": self.method,
@@ -201,16 +169,16 @@ class _Job:
                 "burn_in_force_calls": plan.n_discard * self.section.replicas,
             },
             "acceptance": None,
-            "timing": {"sampling_s": result.production_s, "burn_in_s": result.discarded_s, "threads": threads},
+            "timing": {"sampling_s": sampling_s, "burn_in_s": burn_in_s, "threads": busy},
             "provenance": provenance(),
         }
         write_manifest(out, kind="samples", files=["samples.safetensors"], content=content)
         length = plan.n_steps * plan.dt
-        rate = self.section.replicas * length / max(result.production_s, 1e-9)
+        rate = self.section.replicas * length / max(sampling_s, 1e-9)
         kinetic = " ".join(f"{symbol} {value:.0f}" for symbol, value in by_element.items())
         print(
             f"{self.method}: {self.section.replicas} replicas of {length:g} ps on {self.teacher} in"
-            f" {result.production_s:.1f} s, {rate:.3g} ps/s; kinetic temperatures {kinetic} K"
+            f" {sampling_s:.1f} s, {rate:.3g} ps/s; kinetic temperatures {kinetic} K"
         )
 
 

@@ -1,0 +1,192 @@
+"""Replicas on an expensive teacher: small groups, one pinned process each, killable at any moment.
+
+A group of replicas shares every student call, and its process evaluates student and teacher in turn, so that all cores are
+busy all the time. Groups have a fixed size and noise of their own: the number of processes does not change a result.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from longstride.compute import pinned_workers
+from longstride.data.checkpoint import open_state
+from longstride.dynamics.integrators import MDState, baoab, respa_baoab, start, thermal_velocities
+from longstride.dynamics.runner import Monitor, RunPlan, run_trajectory
+from longstride.potentials.student import load_student
+from longstride.potentials.xtb import XTBPotential
+from longstride.progress import Progress
+from longstride.seeds import job_seed
+from longstride.units import thermal_energy
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from concurrent.futures import Future
+
+    from longstride.potentials.base import Potential
+    from longstride.state import System
+
+GROUP = 2  # replicas: a student call for two costs little more than for one, and more groups use more cores
+EQUILIBRATION_FRICTION_PER_PS = 10.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReplicaJob:
+    """What all groups have in common.
+
+    Attributes:
+        system: the molecule.
+        teacher: name of the xTB method.
+        charge: total charge in elementary charges.
+        student: weights of the fast potential, or None for single-step dynamics.
+        n_inner: inner steps per outer step; not used without a student.
+        masses: [atom] Da.
+        temperature_K: of the thermostat.
+        friction_per_ps: of the thermostat, in the part that is kept.
+        plan: lengths and intervals.
+        max_slow_force: limit of the monitor, kJ/mol/nm.
+        advice: end of the monitor's error line.
+        seed: of velocities and noise; each group derives its own.
+    """
+
+    system: System
+    teacher: str
+    charge: int
+    student: Path | None
+    n_inner: int
+    masses: np.ndarray
+    temperature_K: float
+    friction_per_ps: float
+    plan: RunPlan
+    max_slow_force: float
+    advice: str
+    seed: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReplicaResult:
+    """Frames of all replicas and what they cost.
+
+    Attributes:
+        frames: positions, velocities [frame, replica, atom, 3] float32; potential_energy, kinetic_energy [frame, replica].
+        production_s: wall seconds of the saved part, summed over groups and attempts.
+        discarded_s: wall seconds of equilibration, likewise.
+    """
+
+    frames: dict[str, np.ndarray]
+    production_s: float
+    discarded_s: float
+
+
+def run_replicas(job: ReplicaJob, starts: np.ndarray, *, state: Path, key: str, threads: int, label: str) -> ReplicaResult:
+    """Run all replicas, in parallel processes where `threads` > 1, continuing what an earlier attempt finished.
+
+    Args:
+        job: what to run.
+        starts: [replica, atom, 3] nm, float64.
+        state: folder for checkpoints; holds one subfolder per group.
+        key: fingerprint of everything that defines the trajectories.
+        threads: processes to use, one core each.
+        label: shown in the progress line.
+
+    Raises:
+        NumericsError: the monitor stopped a group; the last good state of every group is kept.
+    """
+    groups = [(first, starts[first : first + GROUP]) for first in range(0, len(starts), GROUP)]
+    total = job.plan.total * len(groups)
+    with open_state(state, key) as store:
+        parts = [store.path / f"group_{index:03d}" for index in range(len(groups))]
+        progress = Progress(label, total, "steps", start=_steps_done(parts))
+        if threads == 1 or len(groups) == 1:
+            results = []
+            for index, ((first, group), part) in enumerate(zip(groups, parts, strict=True)):
+                show = _shifted(progress, index * job.plan.total)
+                results.append(run_group(job, first, group, folder=part, key=key, progress=show))
+        else:
+            with pinned_workers(min(threads, len(groups))) as pool:
+                futures = [
+                    pool.submit(run_group, job, first, group, folder=part, key=key)
+                    for (first, group), part in zip(groups, parts, strict=True)
+                ]
+                _watch(futures, parts, progress, total)
+                results = [future.result() for future in futures]
+    names = results[0].frames
+    return ReplicaResult(
+        frames={name: np.concatenate([result.frames[name] for result in results], axis=1) for name in names},
+        production_s=sum(result.production_s for result in results),
+        discarded_s=sum(result.discarded_s for result in results),
+    )
+
+
+def run_group(
+    job: ReplicaJob, first: int, starts: np.ndarray, *, folder: Path, key: str, progress: Callable[[float], None] | None = None
+) -> ReplicaResult:
+    """Run or continue one group; replica `first` of the job is its first."""
+    torch.set_num_threads(1)  # tensors of a few replicas are too small to share between threads
+    student = None if job.student is None else load_student(job.student, teacher=job.teacher)(job.system)
+    monitor = Monitor(
+        system=job.system,
+        temperature_K=job.temperature_K,
+        max_slow_force=job.max_slow_force,
+        advice=job.advice,
+        first_replica=first,
+    )
+    with open_state(folder, key) as store, XTBPotential(job.system, method=job.teacher, charge=job.charge) as teacher:
+        result = run_trajectory(
+            lambda: _begin(job, first, starts, teacher=teacher, student=student),
+            _step(job, teacher, student, friction=job.friction_per_ps),
+            plan=job.plan,
+            generator=torch.Generator().manual_seed(job_seed(job.seed, "noise", first)),
+            monitor=monitor,
+            store=store,
+            # a high friction carries off the energy by which frames of another potential are strained
+            equilibrate=_step(job, teacher, student, friction=max(job.friction_per_ps, EQUILIBRATION_FRICTION_PER_PS)),
+            progress=progress,
+        )
+    return ReplicaResult(frames=result.frames, production_s=result.production_s, discarded_s=result.discarded_s)
+
+
+def _begin(job: ReplicaJob, first: int, starts: np.ndarray, *, teacher: Potential, student: Potential | None) -> MDState:
+    positions, masses = torch.from_numpy(starts), torch.from_numpy(job.masses)
+    generator = torch.Generator().manual_seed(job_seed(job.seed, "velocities", first))
+    velocities = thermal_velocities(positions.shape, masses, thermal_energy(job.temperature_K), generator)
+    return start(positions, velocities, masses=masses, potential=teacher, fast=student)
+
+
+def _step(
+    job: ReplicaJob, teacher: Potential, student: Potential | None, *, friction: float
+) -> Callable[[MDState, torch.Generator], MDState]:
+    kT, dt, n_inner = thermal_energy(job.temperature_K), job.plan.dt, job.n_inner
+    if student is None:
+        return lambda md, generator: baoab(md, potential=teacher, dt=dt, kT=kT, friction=friction, generator=generator)
+    return lambda md, generator: respa_baoab(
+        md, fast=student, slow=teacher, n_inner=n_inner, dt=dt, kT=kT, friction=friction, generator=generator
+    )
+
+
+def _shifted(progress: Progress, before: int) -> Callable[[float], None]:
+    """Report one group among groups that run one after the other."""
+    return lambda done: progress.update(before + done)
+
+
+def _steps_done(parts: list[Path]) -> int:
+    """Steps that the newest checkpoints of all groups count."""
+    newest = [
+        max((int(file.stem.split("_")[1]) for file in part.glob("checkpoint_*.safetensors")), default=0) for part in parts
+    ]
+    return sum(newest)
+
+
+def _watch(futures: list[Future[ReplicaResult]], parts: list[Path], progress: Progress, total: int) -> None:
+    while not all(future.done() for future in futures):
+        for future in futures:
+            if future.done():
+                future.result()  # a stopped group ends the job at once
+        time.sleep(0.2)
+        progress.update(_steps_done(parts))
+    progress.update(total)
