@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
+
+# tensors in tests are small: a second thread only waits, and waits badly on a busy machine (read before torch is imported)
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 
-PHYSICS = {"force_field": ("amber14-all.xml", "implicit/obc1.xml"), "cutoff_nm": 2.0}
+from molecules import PHYSICS
 
 
 @pytest.fixture(scope="session")

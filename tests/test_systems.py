@@ -7,7 +7,6 @@ import openmm
 import pytest
 from openmm import app, unit
 
-from conftest import PHYSICS
 from longstride.dynamics.starts import BASINS, basin_starts
 from longstride.errors import DataError, LongstrideError
 from longstride.systems import (
@@ -22,6 +21,7 @@ from longstride.systems import (
     set_torsion,
     torsion,
 )
+from molecules import PHYSICS
 
 # heavy and hydrogen atoms of the residue inside a chain, from its chemical formula at pH 7
 ATOMS = {

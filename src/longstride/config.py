@@ -72,7 +72,7 @@ class ReferenceConfig(Section):
     """Reference molecular dynamics with OpenMM (LangevinMiddle, no constraints)."""
 
     trajectories: int = Field(8, ge=2, description="independent trajectories, started in different basins")
-    length_ps: float = Field(400.0, gt=0, description="production length of each trajectory")
+    length_ps: float = Field(300.0, gt=0, description="production length of each trajectory")
     equilibration_ps: float = Field(10.0, ge=0, description="discarded start of each trajectory")
     timestep_fs: float = Field(2.0, gt=0, le=8, description="integration step")
     friction_per_ps: float = Field(0.3, gt=0, description="Langevin friction")
@@ -223,7 +223,7 @@ class STSSampling(Section):
     """Method `sts`: single-step BAOAB with the teacher, the baseline of `mts`."""
 
     replicas: int = Field(4, ge=1, description="independent trajectories")
-    length_ps: float = Field(2.0, gt=0, description="length of each trajectory")
+    length_ps: float = Field(1.5, gt=0, description="length of each trajectory")
     timestep_fs: float = Field(1.0, gt=0, le=4, description="integration step")
     friction_per_ps: float = Field(1.0, gt=0, description="Langevin friction")
     hydrogen_mass_Da: float | None = Field(None, ge=1, le=4, description="hydrogen mass; null keeps 1.008")

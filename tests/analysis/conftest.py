@@ -1,10 +1,7 @@
 import pytest
-from fake_run import make_run, sample_folders
+from fake_run import SECTION, make_run, sample_folders
 
-from longstride.config import CompareConfig
 from longstride.stages import compare
-
-SECTION = CompareConfig(bootstrap=40, msm_states=20, msm_lags_ps=(1.0, 5.0))
 
 
 @pytest.fixture(scope="session")

@@ -11,10 +11,13 @@ from pathlib import Path
 
 import numpy as np
 
+from longstride.config import CompareConfig
 from longstride.data.atomic import write_arrays
 from longstride.data.manifest import write_manifest
 from longstride.systems import load_prepared, prepare_sequence, save_prepared
 from longstride.units import BOLTZMANN_KJ_PER_MOL_K
+
+SECTION = CompareConfig(bootstrap=40, msm_states=20, msm_lags_ps=(1.0, 5.0))
 
 CENTRES = np.radians([[-75.0, 145.0], [-75.0, -20.0], [55.0, 45.0]])
 POPULATIONS = np.array([0.55, 0.33, 0.12])

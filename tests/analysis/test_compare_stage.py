@@ -4,9 +4,8 @@ import shutil
 
 import numpy as np
 import pytest
-from fake_run import TRUE_DELTA_F, sample_folders
+from fake_run import SECTION, TRUE_DELTA_F, sample_folders
 
-from conftest import SECTION
 from longstride.data.atomic import read_arrays, write_arrays
 from longstride.data.manifest import read_manifest, write_manifest
 from longstride.errors import DataError
