@@ -37,7 +37,7 @@ def _keys(values: dict) -> dict[str, str]:
 @pytest.mark.parametrize(
     ("edit", "changed"),
     [
-        ({"reference": {"length_ps": 300.0}}, {"reference"}),
+        ({"reference": {"length_ps": 350.0}}, {"reference"}),
         ({"shard": {"lags_ps": [50.0]}}, {"shard"}),
         ({"flow": {"hidden": 32}}, {"flow"}),
         ({"distill": {"hidden": 32}}, {"distill"}),
