@@ -117,9 +117,10 @@ def baoab(
     """
     kick = 0.5 * dt / md.masses[:, None]
     middle = _Middle(dt, md.masses, kT=kT, friction=friction, generator=generator)
-    x, v = middle(md.positions, md.velocities + kick * md.forces)
+    x, v = middle(md.positions, torch.addcmul(md.velocities, kick, md.forces))
     energy, forces = _evaluate(potential, x)
-    return replace(md, positions=x, velocities=v + kick * forces, forces=forces, potential_energy=energy)
+    velocities = torch.addcmul(v, kick, forces)
+    return replace(md, positions=x, velocities=velocities, forces=forces, potential_energy=energy)
 
 
 def respa_baoab(
@@ -163,13 +164,13 @@ def respa_baoab(
     kick, outer_kick = 0.5 * h / md.masses[:, None], 0.5 * dt / md.masses[:, None]
     middle = _Middle(h, md.masses, kT=kT, friction=friction, generator=generator)
     x, f_fast = md.positions, md.fast_forces
-    v = md.velocities + outer_kick * (md.forces - f_fast)
+    v = torch.addcmul(md.velocities, outer_kick, md.forces - f_fast)
     for _ in range(int(n_inner)):
-        x, v = middle(x, v + kick * f_fast)
+        x, v = middle(x, torch.addcmul(v, kick, f_fast))
         f_fast = _evaluate(fast, x)[1]
-        v = v + kick * f_fast
+        v = torch.addcmul(v, kick, f_fast)
     energy, f_slow = _evaluate(slow, x)
-    v = v + outer_kick * (f_slow - f_fast)
+    v = torch.addcmul(v, outer_kick, f_slow - f_fast)
     return replace(md, positions=x, velocities=v, forces=f_slow, potential_energy=energy, fast_forces=f_fast)
 
 
@@ -196,10 +197,11 @@ class _Middle:
 
     def __call__(self, x: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Return positions and velocities after the three parts."""
-        x = x + self._half * v
+        x = torch.add(x, v, alpha=self._half)
         if self._friction > 0:
-            v = self._decay * v + self._noise * torch.randn(v.shape, generator=self._generator, dtype=v.dtype)
-        return x + self._half * v, v
+            noise = torch.randn(v.shape, generator=self._generator, dtype=v.dtype)
+            v = torch.addcmul(self._decay * v, self._noise, noise)
+        return torch.add(x, v, alpha=self._half), v
 
 
 def _evaluate(potential: Potential, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -48,6 +48,18 @@ class Monitor:
         Raises:
             NumericsError: one line naming quantity, replica, atom and time.
         """
+        if not self._healthy(md):
+            self._diagnose(md, time_ps)
+
+    def _healthy(self, md: MDState) -> bool:
+        """Few operations, since this runs every step; comparisons with NaN are false."""
+        difference = md.forces if md.fast_forces is None else md.forces - md.fast_forces
+        limit = self.max_slow_force if md.fast_forces is not None else math.inf
+        largest, energy = float(difference.square().sum(dim=2).max()), float(md.potential_energy.sum())
+        small = largest <= limit * limit and float(md.temperature_K.max()) <= self.max_temperature_K(len(md.masses))
+        return small and math.isfinite(largest) and math.isfinite(energy)
+
+    def _diagnose(self, md: MDState, time_ps: float) -> None:
         finite = torch.isfinite(md.potential_energy)
         if not finite.all():
             replica = int((~finite).nonzero()[0])

@@ -238,7 +238,7 @@ class Student:
         """Return U(x), [batch] kJ/mol, and forces [batch, atom, 3] kJ/mol/nm, both float64 (evaluated in `dtype`)."""
         with torch.inference_mode():
             energy, forces = self._energy_forces(x.positions, self._atom_weights)
-        return energy.clone(), forces.to(torch.float64)
+        return energy.clone(), forces.to(torch.float64)  # outside, so that both are ordinary tensors
 
     def network_forces(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Return energies without shifts, [batch], and forces as functions of the network's weights, for training.
