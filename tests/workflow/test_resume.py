@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import csv
+import itertools
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -19,22 +20,9 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[2]
 RUN = Path("results", "smoke")
 ENVIRONMENT = {key: value for key, value in os.environ.items() if not key.startswith(("LONGSTRIDE", "SNAKEMAKE"))}
-# which log must begin, how long after that the kill comes, and what is killed
-MOMENTS = [
-    ("prepare/alanine-dipeptide", 0.3, "job"),
-    ("reference/alanine-dipeptide", 4.0, "job"),
-    ("reference/alanine-dipeptide", 3.0, "snakemake"),
-    ("shards/alanine-dipeptide", 0.2, "everything"),
-    ("flow/alanine-dipeptide", 6.0, "job"),
-    ("flow/alanine-dipeptide", 6.0, "everything"),
-    ("distill/alanine-dipeptide", 4.0, "snakemake"),
-    ("sample/alanine-dipeptide/md/seed0", 2.5, "job"),
-    ("sample/alanine-dipeptide/timewarp/seed0", 5.0, "everything"),
-    ("sample/alanine-dipeptide/timewarp/seed0", 8.0, "snakemake"),
-    ("sample/alanine-dipeptide/mts/seed0", 3.0, "job"),
-    ("compare/alanine-dipeptide", 2.0, "snakemake"),
-    ("report", 0.5, "everything"),
-]
+# every job is killed this often, this long after it began; what is killed goes round the list
+DELAYS_S = (0.3, 5.0)
+VICTIMS = ("job", "snakemake", "everything", "snakemake", "job")
 
 
 def _start(folder: Path) -> subprocess.Popen[str]:
@@ -71,28 +59,48 @@ def _finished(folder: Path) -> dict[Path, tuple[int, int]]:
     return found
 
 
+def _jobs(snakemake: psutil.Process) -> list[psutil.Process]:
+    found = []
+    for child in snakemake.children():
+        with contextlib.suppress(psutil.Error):
+            if any(Path(part).name == "longstride" for part in child.cmdline()[:3]):
+                found.append(child)
+    return found
+
+
 def _kill(snakemake: subprocess.Popen[str], what: str) -> None:
-    children = psutil.Process(snakemake.pid).children(recursive=True)
-    jobs = [child for child in children if any(Path(part).name == "longstride" for part in child.cmdline()[:3])]
-    victims = {"job": jobs[:1], "snakemake": [], "everything": children}[what]
-    if what != "job":
-        snakemake.send_signal(signal.SIGKILL)
+    """Kill -9 one job (its workers stay), Snakemake alone (its jobs stay), or all of them."""
+    process = psutil.Process(snakemake.pid)
+    if what == "job":
+        while not (jobs := _jobs(process)) and snakemake.poll() is None:
+            time.sleep(0.02)
+        victims = jobs[:1]
+    else:
+        children = process.children(recursive=True) if what == "everything" else []
+        victims = [process, *children]
     for victim in victims:
-        victim.kill()
+        with contextlib.suppress(psutil.NoSuchProcess):
+            victim.kill()
     snakemake.wait(timeout=300)
 
 
-def _kill_at(folder: Path, log: str, after_s: float, what: str) -> None:
-    """Start the run and kill it `after_s` seconds after the job of that log began."""
-    path = folder / RUN / "logs" / f"{log}.log"
+def _kill_at_a_new_job(folder: Path, kills: dict[str, int], what: str) -> bool:
+    """Start the run, wait for a job that was not killed often enough, kill; return False if the run ended instead."""
+    logs = folder / RUN / "logs"
     begin = time.time()
     snakemake = _start(folder)
-    while not (path.exists() and path.stat().st_mtime > begin):
-        if snakemake.poll() is not None:
-            pytest.fail(f"the run ended before {log} began:\n{(folder / 'output.txt').read_text()[-4000:]}")
+    while snakemake.poll() is None:
+        for log in sorted(logs.rglob("*.log")):
+            name = str(log.relative_to(logs))
+            if log.stat().st_mtime > begin and kills.get(name, 0) < len(DELAYS_S):
+                time.sleep(DELAYS_S[kills.get(name, 0)])
+                kills[name] = kills.get(name, 0) + 1
+                if snakemake.poll() is None:
+                    _kill(snakemake, what)
+                return True
         time.sleep(0.05)
-    time.sleep(after_s)
-    _kill(snakemake, what)
+    assert snakemake.returncode == 0, (folder / "output.txt").read_text()[-4000:]
+    return False
 
 
 @pytest.fixture(scope="module")
@@ -118,13 +126,18 @@ def test_the_same_seed_gives_the_same_numbers(uninterrupted, tmp_path):
 
 
 def test_a_run_killed_at_many_moments_ends_with_the_same_numbers(uninterrupted, tmp_path):
-    for log, after_s, what in MOMENTS:
-        before = _finished(tmp_path) if (tmp_path / RUN).is_dir() else {}
-        _kill_at(tmp_path, log, after_s, what)
+    kills: dict[str, int] = {}
+    before: dict[Path, tuple[int, int]] = {}
+    victims = itertools.cycle(VICTIMS)
+    going = True
+    while going:
+        going = _kill_at_a_new_job(tmp_path, kills, next(victims))
         after = _finished(tmp_path)
         repeated = [str(path) for path, status in before.items() if after.get(path) != status]
-        assert not repeated, f"finished jobs ran again before {log} was killed"
-    _finish(tmp_path)
+        assert not repeated, f"finished jobs ran again; killed so far: {kills}"
+        before = after
+    assert len(kills) >= 6, kills  # jobs that ended while another one was being watched are not in it
+    assert sum(kills.values()) >= 10, kills
     assert _numbers(tmp_path) == _numbers(uninterrupted)
     leftovers = [path for path in (tmp_path / RUN).rglob("*.tmp*") if ".state" not in path.parts]
     assert not leftovers
