@@ -213,13 +213,13 @@ def _frame(context: openmm.Context, masses: np.ndarray, time_ps: float, label: s
     positions = _array(state.getPositions(asNumpy=True))
     positions -= (masses[:, None] * positions).sum(axis=0) / masses_total
     with np.errstate(over="ignore", invalid="ignore"):  # what does not fit float32 is caught below
-        frame = {
+        frame: dict[str, np.ndarray] = {
             "positions": positions.astype(np.float32),
             "velocities": _array(state.getVelocities(asNumpy=True)).astype(np.float32),
             "forces": _array(state.getForces(asNumpy=True)).astype(np.float32),
-            "potential_energy": np.float64(state.getPotentialEnergy().value_in_unit(unit.kilojoule_per_mole)),
-            "kinetic_energy": np.float64(state.getKineticEnergy().value_in_unit(unit.kilojoule_per_mole)),
-            "time": np.float64(time_ps),
+            "potential_energy": np.array(state.getPotentialEnergy().value_in_unit(unit.kilojoule_per_mole)),
+            "kinetic_energy": np.array(state.getKineticEnergy().value_in_unit(unit.kilojoule_per_mole)),
+            "time": np.array(time_ps, dtype=np.float64),
         }
     if not all(np.isfinite(value).all() for value in frame.values()):
         raise NumericsError(_blow_up(label, time_ps))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from longstride.errors import LongstrideError
 
@@ -29,7 +29,7 @@ def run(method: Method, config: Config, *, inputs: SampleInputs, out: Path, stat
     Raises:
         LongstrideError: an input that the method needs is not given.
     """
-    job = {
+    job: dict[str, Any] = {
         "prepared": inputs.prepared,
         "reference": inputs.reference,
         "out": out,

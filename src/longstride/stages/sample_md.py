@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import openmm
@@ -72,7 +72,7 @@ def _write(
     arrays = {key: np.stack([frames[key] for frames in result.trajectories], axis=1) for key in fields}
     write_arrays(out / "samples.safetensors", arrays)
     steps = plan.frames * plan.steps_per_frame * section.chains
-    content = {
+    content: dict[str, Any] = {
         "system": names[0],
         "method": "md",
         "target": names[1],
