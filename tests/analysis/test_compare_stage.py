@@ -238,3 +238,14 @@ def test_the_msm_gives_no_rate_where_it_does_not_connect_the_basins(content):
     entry = next(one for one in content["speedups"] if one["method"] == "timewarp")
     reference = content["reference"]["delta_f"][content["primary_pair"][0]]
     assert (entry["against_msm"]["value"] is None) == (reference["value"] is None)
+
+
+def test_no_ratio_to_plain_dynamics_that_has_not_mixed():
+    from longstride.analysis.comparison import _plain_rate
+
+    rate = {"value": 2.0, "low": 1.0, "high": 3.0, "note": ""}
+    mixed = _plain_rate({"method": "md", "ess_per_s": rate, "rhat_max": 1.02})
+    stuck = _plain_rate({"method": "md", "ess_per_s": rate, "rhat_max": 3.8})
+    assert mixed.value == 2.0
+    assert stuck.value is None
+    assert "has not mixed" in stuck.note

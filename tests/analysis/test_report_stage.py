@@ -75,7 +75,7 @@ def test_the_page_is_well_formed_and_needs_nothing_else(page):
 
 
 def test_the_page_says_what_matters(page):
-    for text in ("ESS per second of md", "MSM", "raw histogram", "absent: not sampled", "No comparison for: other"):
+    for text in ("no measured ratio to md", "MSM", "raw histogram", "absent: not sampled", "No comparison for: other"):
         assert text in page
     for word in ("exact", "unadjusted", "biased"):
         assert f'class="tag {word}"' in page

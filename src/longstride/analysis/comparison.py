@@ -13,6 +13,7 @@ from longstride.analysis.energies import compare_energies
 from longstride.analysis.estimate import Estimate, finite, ratio, undefined
 from longstride.analysis.free_energy import FreeEnergy, crossings
 from longstride.analysis.method_analysis import (
+    MIXED_RHAT,
     Baseline,
     analyse_method,
     baseline_of_method,
@@ -227,6 +228,16 @@ def _crossing_time(reference: ReferenceModel, section: CompareConfig) -> Estimat
     return reference.kinetics.slowest(lag_frames(section.msm_lag_ps, spacing))
 
 
+def _plain_rate(plain: dict[str, Any] | None) -> Estimate:
+    """Return the ESS/s of plain dynamics, undefined where its chains disagree: their own ESS then means nothing."""
+    if plain is None:
+        return undefined("no plain dynamics on this target")
+    rhat = plain["rhat_max"]
+    if rhat is not None and rhat > MIXED_RHAT:
+        return undefined(f"{plain['method']} has not mixed, R-hat {rhat:.2f}: its own ESS cannot be trusted")
+    return _estimate(plain["ess_per_s"])
+
+
 def speedups(
     pooled: list[dict[str, Any]], reference_entry: dict[str, Any], reference: ReferenceModel, section: CompareConfig
 ) -> list[dict[str, Any]]:
@@ -245,7 +256,7 @@ def speedups(
         rate = plain["throughput_ps_per_s"] if plain else (reference_entry["throughput_ps_per_s"] if own else None)
         slowest = _crossing_time(reference, section) if own else undefined("no MSM of this target")
         from_msm = dynamics_rate(slowest, rate)
-        measured = undefined("no plain dynamics on this target") if plain is None else _estimate(plain["ess_per_s"])
+        measured = _plain_rate(plain)
         this = _estimate(entry["ess_per_s"])
         throughput = None
         if plain and plain["throughput_ps_per_s"] and entry["throughput_ps_per_s"]:
