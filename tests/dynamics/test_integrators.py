@@ -154,16 +154,21 @@ def test_replicas_do_not_interact():
     one = replace(begin(fast), velocities=begin(fast).velocities.clone())
     together = run(multiple(2e-3, 2, fast, friction=0.0), one, 50)
     for index in range(3):
-        alone = MDState(**{
-            key: getattr(one, key)[index : index + 1] if key != "masses" else MASSES for key in one.__dataclass_fields__
-        })
-        assert difference(
-            run(multiple(2e-3, 2, fast, friction=0.0), alone, 50),
-            MDState(**{
-                key: getattr(together, key)[index : index + 1] if key != "masses" else MASSES
-                for key in one.__dataclass_fields__
-            }),
-        ) < 1e-11
+        alone = MDState(
+            **{key: getattr(one, key)[index : index + 1] if key != "masses" else MASSES for key in one.__dataclass_fields__}
+        )
+        assert (
+            difference(
+                run(multiple(2e-3, 2, fast, friction=0.0), alone, 50),
+                MDState(
+                    **{
+                        key: getattr(together, key)[index : index + 1] if key != "masses" else MASSES
+                        for key in one.__dataclass_fields__
+                    }
+                ),
+            )
+            < 1e-11
+        )
 
 
 @pytest.mark.parametrize(("dt", "n"), [(5e-4, 1), (1e-3, 4)])
