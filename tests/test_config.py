@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import yaml
 from pydantic import BaseModel
@@ -17,6 +19,10 @@ def test_defaults_are_a_valid_run():
     config = validate({})
     assert config == Config()
     assert config.run_folder.as_posix() == "results/alanine"
+
+
+def test_config_yaml_shows_the_defaults():
+    assert load_config(Path(__file__).parents[1] / "config.yaml") == Config()
 
 
 def test_dump_and_load_give_the_same_values(tmp_path):

@@ -205,7 +205,7 @@ class MTSSampling(Section):
     outer_timestep_fs: float = Field(4.0, gt=0, le=12, description="time between two teacher calls")
     inner_steps: int = Field(4, ge=1, le=64, description="student steps per teacher call")
     friction_per_ps: float = Field(1.0, gt=0, description="Langevin friction")
-    hydrogen_mass_Da: float | None = Field(None, ge=1, le=4, description="hydrogen mass; null keeps 1.008")
+    hydrogen_mass_Da: float | None = Field(3.024, ge=1, le=4, description="hydrogen mass; null keeps 1.008")
     equilibration_ps: float = Field(0.5, ge=0, description="discarded start of each trajectory")
     save_every_ps: float = Field(0.02, gt=0, description="time between saved frames")
     max_slow_force_kJ_per_mol_nm: float = Field(
@@ -226,7 +226,7 @@ class STSSampling(Section):
     length_ps: float = Field(1.5, gt=0, description="length of each trajectory")
     timestep_fs: float = Field(1.0, gt=0, le=4, description="integration step")
     friction_per_ps: float = Field(1.0, gt=0, description="Langevin friction")
-    hydrogen_mass_Da: float | None = Field(None, ge=1, le=4, description="hydrogen mass; null keeps 1.008")
+    hydrogen_mass_Da: float | None = Field(3.024, ge=1, le=4, description="hydrogen mass; null keeps 1.008")
     equilibration_ps: float = Field(0.5, ge=0, description="discarded start of each trajectory")
     save_every_ps: float = Field(0.02, gt=0, description="time between saved frames")
     checkpoint_every_ps: float = Field(0.1, gt=0, description="time between checkpoints")

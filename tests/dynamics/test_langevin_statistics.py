@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from longstride.dynamics.integrators import MDState, baoab, respa_baoab, start, thermal_velocities
+from longstride.dynamics.integrators import MDState, baoab, half_step_velocities, respa_baoab, start, thermal_velocities
 from longstride.state import State, System
 from longstride.units import BOLTZMANN_KJ_PER_MOL_K, thermal_energy
 
@@ -129,10 +129,45 @@ def test_temperature_per_element_of_multiple_time_steps():
     total = torch.zeros(2000, 3, dtype=torch.float64)
     for _ in range(300):
         md = respa_baoab(md, fast=fast, slow=Wells(), n_inner=n, dt=dt, kT=KT, friction=5.0, generator=generator)
-        total += MASSES * md.velocities.square().sum(dim=2) / (3 * BOLTZMANN_KJ_PER_MOL_K) / 300
+        v = half_step_velocities(md, dt=dt, n_inner=n)
+        total += MASSES * v.square().sum(dim=2) / (3 * BOLTZMANN_KJ_PER_MOL_K) / 300
     error = standard_error(total)
     assert ((total.mean(dim=0) - TEMPERATURE).abs() < 5 * error + 0.01 * TEMPERATURE).all()
     assert (error < 0.01 * TEMPERATURE).all()
+
+
+def test_half_step_velocities_are_thermal_at_large_steps():
+    generator = torch.Generator().manual_seed(6)
+    dt, friction = 7e-3, 20.0  # omega dt of the hydrogen is 0.99
+    half, end = torch.zeros(2, 3000, 3, dtype=torch.float64)
+    md = equilibrium(3000, generator)
+    for step in range(240):
+        md = baoab(md, potential=Wells(), dt=dt, kT=KT, friction=friction, generator=generator)
+        if step >= 40:
+            half += MASSES * half_step_velocities(md, dt=dt).square().sum(dim=2) / (3 * KT) / 200
+            end += MASSES * md.velocities.square().sum(dim=2) / (3 * KT) / 200
+    assert ((half.mean(dim=0) - 1).abs() < 5 * standard_error(half)).all()
+    # negative control: the velocities at the end of the step are too cold, by the factor of the docstring
+    factor = 1 - (STIFFNESS / MASSES) * dt**2 / 4
+    assert ((end.mean(dim=0) - factor).abs() < 5 * standard_error(end)).all()
+    assert (end.mean(dim=0)[0] - 1).abs() > 20 * standard_error(end)[0]
+
+
+def test_half_step_velocities_of_multiple_time_steps():
+    """They are the velocities after O of the last inner step, which a step at zero friction shows directly."""
+    generator = torch.Generator().manual_seed(7)
+    fast, dt, n = Wells(0.97), 2e-3, 4
+    md = equilibrium(5, generator, fast)
+    after = respa_baoab(md, fast=fast, slow=Wells(), n_inner=n, dt=dt, kT=KT, friction=0.0, generator=generator)
+    h, m = dt / n, MASSES[:, None]
+    x, v, f = md.positions, md.velocities + 0.5 * dt / m * (md.forces - md.fast_forces), md.fast_forces
+    for _ in range(n):
+        v = v + 0.5 * h / m * f
+        x = x + h * v
+        middle, f = v, fast.energy_forces(State(positions=x))[1]
+        v = v + 0.5 * h / m * f
+    assert torch.allclose(half_step_velocities(after, dt=dt, n_inner=n), middle, rtol=1e-12, atol=1e-12)
+    assert not torch.allclose(half_step_velocities(after, dt=dt, n_inner=1), middle, rtol=1e-6)
 
 
 def test_agrees_with_openmm_langevin_middle():

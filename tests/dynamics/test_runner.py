@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from longstride.data.checkpoint import open_state
-from longstride.dynamics.integrators import baoab, respa_baoab, start, thermal_velocities
+from longstride.dynamics.integrators import baoab, half_step_velocities, respa_baoab, start, thermal_velocities
 from longstride.dynamics.runner import Monitor, RunPlan, run_trajectory
 from longstride.errors import NumericsError
 from longstride.state import State, System
@@ -22,7 +22,7 @@ SYSTEM = System(
     residue_names=("ALA", "ALA"),
     residue_indices=np.array([1, 1]),
 )
-PLAN = RunPlan(dt=1e-3, n_discard=7, n_steps=60, save_every=4, checkpoint_every=9)
+PLAN = RunPlan(dt=1e-3, n_discard=7, n_steps=60, save_every=4, checkpoint_every=9, n_inner=2)
 
 
 class Well:
@@ -82,7 +82,9 @@ def test_frames(folder):
     assert result.frames["positions"].dtype == np.float32
     assert result.frames["potential_energy"].dtype == np.float64
     final = result.final
-    assert np.allclose(result.frames["kinetic_energy"][-1], final.kinetic_energy)
+    half = half_step_velocities(final, dt=PLAN.dt, n_inner=PLAN.n_inner)
+    assert np.allclose(result.frames["kinetic_energy"][-1], 0.5 * (MASSES[:, None] * half.square()).sum(dim=(1, 2)))
+    assert np.allclose(result.frames["velocities"][-1], half, atol=1e-5)
     assert np.allclose(result.frames["potential_energy"][-1], Well().energy(State(positions=final.positions)))
     centre = np.einsum("a,frax->frx", MASSES.numpy(), result.frames["positions"]) / MASSES.numpy().sum()
     assert np.abs(centre).max() < 1e-7

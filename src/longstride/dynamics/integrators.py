@@ -174,6 +174,24 @@ def respa_baoab(
     return replace(md, positions=x, velocities=v, forces=f_slow, potential_energy=energy, fast_forces=f_fast)
 
 
+def half_step_velocities(md: MDState, *, dt: float, n_inner: int = 1) -> Tensor:
+    """Return the velocities between O and the last kicks of the step that led to `md`, [replica, atom, 3] nm/ps.
+
+    Equation: v - dt/(2m) (F_L - F_S) - h/(2m) F_S, h = dt / n_inner; v - dt/(2m) F without a fast force. They are
+    Maxwell-Boltzmann in a harmonic well at every stable step, where the velocities at the end of the step are too cold by
+    the factor 1 - (omega h)^2 / 4 (doi:10.1021/acs.jpca.9b02771): temperatures belong to them.
+
+    Args:
+        md: a state that `baoab` or `respa_baoab` returned.
+        dt: (outer) timestep in ps.
+        n_inner: inner steps per outer step.
+    """
+    half = 0.5 * dt / md.masses[:, None]
+    if md.fast_forces is None:
+        return md.velocities - half * md.forces
+    return md.velocities - half * (md.forces - md.fast_forces) - half / n_inner * md.fast_forces
+
+
 def whole_steps(outer: float, inner: float) -> int:
     """Return outer / inner as a whole number of steps.
 

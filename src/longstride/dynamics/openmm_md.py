@@ -18,6 +18,7 @@ from openmm import unit
 
 from longstride.compute import pinned_workers
 from longstride.data.checkpoint import open_state
+from longstride.dynamics.masses import repartitioned_masses
 from longstride.errors import NumericsError
 from longstride.progress import Progress
 from longstride.seeds import job_seed
@@ -25,6 +26,9 @@ from longstride.units import FS_PS
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
+
+    from longstride.config import MDSampling, ReferenceConfig
+    from longstride.systems import Prepared
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +44,22 @@ class MDPlan:
     save_every_ps: float
     checkpoint_every_ps: float
     seed: int
+
+    @classmethod
+    def of(cls, section: ReferenceConfig | MDSampling, molecule: Prepared, *, temperature_K: float, seed: int) -> MDPlan:
+        """Return the plan of a configuration section for a molecule, its hydrogen masses repartitioned."""
+        masses = repartitioned_masses(molecule.system, section.hydrogen_mass_Da)
+        return cls(
+            system_xml=openmm.XmlSerializer.serialize(with_masses(molecule.openmm_system, masses)),
+            temperature_K=temperature_K,
+            timestep_fs=section.timestep_fs,
+            friction_per_ps=section.friction_per_ps,
+            equilibration_ps=section.equilibration_ps,
+            length_ps=section.length_ps,
+            save_every_ps=section.save_every_ps,
+            checkpoint_every_ps=section.checkpoint_every_ps,
+            seed=seed,
+        )
 
     @property
     def steps_per_frame(self) -> int:

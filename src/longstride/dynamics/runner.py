@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-from longstride.dynamics.integrators import MDState
+from longstride.dynamics.integrators import MDState, half_step_velocities
 from longstride.errors import NumericsError
 
 if TYPE_CHECKING:
@@ -97,13 +97,17 @@ class Monitor:
 
 @dataclass(frozen=True, kw_only=True)
 class RunPlan:
-    """How long a trajectory is and what is kept. All counts are (outer) steps; the first `n_discard` are equilibration."""
+    """How long a trajectory is and what is kept. All counts are (outer) steps; the first `n_discard` are equilibration.
+
+    `n_inner` is the number of fast steps in an outer one.
+    """
 
     dt: float
     n_discard: int
     n_steps: int
     save_every: int
     checkpoint_every: int
+    n_inner: int = 1
 
     @property
     def total(self) -> int:
@@ -134,7 +138,8 @@ class RunResult:
 
     Attributes:
         frames: positions (centre of mass at the origin), velocities [frame, replica, atom, 3] float32;
-            potential_energy, kinetic_energy [frame, replica] float64.
+            potential_energy, kinetic_energy [frame, replica] float64. Velocities and kinetic energies are those of the
+            half step (see `half_step_velocities`).
         final: state after the last step.
         production_s: wall seconds of the saved part, summed over attempts.
         discarded_s: wall seconds of equilibration, summed over attempts.
@@ -214,12 +219,11 @@ def run_trajectory(
         except NumericsError as error:
             generator.set_state(noise)
             _save(store, plan, done, found=(md, frames), generator=generator, clock=clock)
-            good = f"the last good state, {plan.time_ps(done):.4f} ps, is kept in {store.path}"
-            raise NumericsError(f"{error}; {good}") from None
+            raise NumericsError(f"{error}; {_last_good(plan, done, store)}") from None
         md, done = following, done + 1
         clock.book(discarded=done <= plan.n_discard)
         if plan.saves(done):
-            frames.append(_frame(md))
+            frames.append(_frame(md, plan))
         if done % plan.checkpoint_every == 0 or done == plan.total:
             _save(store, plan, done, found=(md, frames), generator=generator, clock=clock)
             frames = []
@@ -228,14 +232,19 @@ def run_trajectory(
     return RunResult(frames=_collect(store, plan), final=md, **clock.meta())
 
 
-def _frame(md: MDState) -> dict[str, np.ndarray]:
+def _last_good(plan: RunPlan, done: int, store: StateFolder) -> str:
+    return f"the last good state, {plan.time_ps(done):.4f} ps, is kept in {store.path}"
+
+
+def _frame(md: MDState, plan: RunPlan) -> dict[str, np.ndarray]:
+    velocities = half_step_velocities(md, dt=plan.dt, n_inner=plan.n_inner)
     # the centre of mass diffuses; single precision is spent on the shape instead
     centre = (md.masses[:, None] * md.positions).sum(dim=1, keepdim=True) / md.masses.sum()
     return {
         "positions": (md.positions - centre).to(torch.float32).numpy(),
-        "velocities": md.velocities.to(torch.float32).numpy(),
+        "velocities": velocities.to(torch.float32).numpy(),
         "potential_energy": md.potential_energy.numpy(),
-        "kinetic_energy": md.kinetic_energy.numpy(),
+        "kinetic_energy": replace(md, velocities=velocities).kinetic_energy.numpy(),
     }
 
 

@@ -54,17 +54,11 @@ def run(section: DistillConfig, *, prepared: Path, reference: Path, out: Path, s
     train_key = fingerprint("training", *common, source["temperature_K"], section.model_dump())
     with open_state(state / "labels", label_key) as labels, open_state(state / "training", train_key) as training:
         began = time.perf_counter()
+        positions = [item["positions"] for item in read_trajectories(reference, fields=("positions",))]
         with XTBPotential(molecule.system, method=section.teacher, charge=charge, threads=threads) as teacher:
-            positions = [item["positions"] for item in read_trajectories(reference, fields=("positions",))]
-            frames = label_frames(
-                teacher,
-                positions,
-                plan=plan,
-                kT=thermal_energy(source["temperature_K"]),
-                seed=job_seed(seed, "labels"),
-                store=labels,
-                progress=Progress(f"labelling with {section.teacher}", plan.total, "frames"),
-            )
+            kT, progress = thermal_energy(source["temperature_K"]), Progress(f"labels of {teacher.name}", plan.total, "frames")
+            label_seed = job_seed(seed, "labels")
+            frames = label_frames(teacher, positions, plan=plan, kT=kT, seed=label_seed, store=labels, progress=progress)
         label_s = time.perf_counter() - began
         kept, held_out = split(frames, len(positions))
         network = StudentNetwork(_metadata(section, molecule), torch.Generator().manual_seed(job_seed(seed, "weights")))

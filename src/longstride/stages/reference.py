@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import openmm
-
 from longstride.data.checkpoint import fingerprint, open_state
 from longstride.data.frames import write_trajectory
 from longstride.data.manifest import write_manifest
 from longstride.dynamics.masses import repartitioned_masses
-from longstride.dynamics.openmm_md import MDPlan, run_trajectories, with_masses
+from longstride.dynamics.openmm_md import MDPlan, run_trajectories
 from longstride.dynamics.starts import basin_starts
 from longstride.fingerprints import code_version
 from longstride.provenance import provenance
@@ -27,19 +25,7 @@ def run(
 ) -> None:
     """Write trajectories and their manifest to `out`; continue from `state` where an earlier attempt stopped."""
     molecule = load_prepared(prepared)
-    masses = repartitioned_masses(molecule.system, section.hydrogen_mass_Da)
-    system = with_masses(molecule.openmm_system, masses)
-    plan = MDPlan(
-        system_xml=openmm.XmlSerializer.serialize(system),
-        temperature_K=physics.temperature_K,
-        timestep_fs=section.timestep_fs,
-        friction_per_ps=section.friction_per_ps,
-        equilibration_ps=section.equilibration_ps,
-        length_ps=section.length_ps,
-        save_every_ps=section.save_every_ps,
-        checkpoint_every_ps=section.checkpoint_every_ps,
-        seed=seed,
-    )
+    plan = MDPlan.of(section, molecule, temperature_K=physics.temperature_K, seed=seed)
     starts = basin_starts(molecule, section.trajectories)
     key = fingerprint(section.model_dump(), physics.model_dump(), molecule.system_hash, seed, code_version("reference"))
     result = run_trajectories(plan, starts, state=state, key=key, workers=threads, label="reference MD")
@@ -53,7 +39,7 @@ def run(
         "trajectories": section.trajectories,
         "frame_spacing_ps": section.save_every_ps,
         "timestep_fs": section.timestep_fs,
-        "masses_Da": masses.tolist(),
+        "masses_Da": repartitioned_masses(molecule.system, section.hydrogen_mass_Da).tolist(),
         "threads": threads,
         "counts": {"force_calls": plan.frames * plan.steps_per_frame * section.trajectories},
         "wall_s": result.production_s + result.equilibration_s,

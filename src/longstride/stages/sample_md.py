@@ -5,14 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import openmm
 
 from longstride.data.atomic import write_arrays
 from longstride.data.checkpoint import fingerprint, open_state
 from longstride.data.frames import start_positions
 from longstride.data.manifest import read_manifest, write_manifest
-from longstride.dynamics.masses import repartitioned_masses
-from longstride.dynamics.openmm_md import MDPlan, MDResult, run_trajectories, with_masses
+from longstride.dynamics.openmm_md import MDPlan, MDResult, run_trajectories
 from longstride.fingerprints import code_version
 from longstride.provenance import provenance
 from longstride.systems import load_prepared
@@ -36,18 +34,7 @@ def run_md(
 ) -> None:
     """Write `samples.safetensors` and its manifest; starts are reference frames from all basins."""
     molecule = load_prepared(prepared)
-    system = with_masses(molecule.openmm_system, repartitioned_masses(molecule.system, section.hydrogen_mass_Da))
-    plan = MDPlan(
-        system_xml=openmm.XmlSerializer.serialize(system),
-        temperature_K=physics.temperature_K,
-        timestep_fs=section.timestep_fs,
-        friction_per_ps=section.friction_per_ps,
-        equilibration_ps=section.equilibration_ps,
-        length_ps=section.length_ps,
-        save_every_ps=section.save_every_ps,
-        checkpoint_every_ps=section.checkpoint_every_ps,
-        seed=seed,
-    )
+    plan = MDPlan.of(section, molecule, temperature_K=physics.temperature_K, seed=seed)
     source = read_manifest(reference, kind="reference", verify=False)["files"]
     key = fingerprint(section.model_dump(), physics.model_dump(), molecule.system_hash, source, seed, code_version("sample_md"))
     starts = start_positions(reference, count=section.chains, seed=seed)

@@ -111,6 +111,7 @@ class _Job:
             n_steps=round(section.length_ps / section.save_every_ps) * save_every,
             save_every=save_every,
             checkpoint_every=max(1, round(section.checkpoint_every_ps / dt)),
+            n_inner=max(1, n_inner),
         )
         job = ReplicaJob(
             system=self.molecule.system,
@@ -186,7 +187,7 @@ def element_temperatures(velocities: np.ndarray, masses: np.ndarray, atomic_numb
     """Return the mean kinetic temperature of each element in K, <m v^2> / 3R, centre-of-mass motion included.
 
     Args:
-        velocities: [frame, replica, atom, 3] nm/ps.
+        velocities: [frame, replica, atom, 3] nm/ps, of the half step.
         masses: [atom] Da, as used in the dynamics.
         atomic_numbers: [atom].
     """
