@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -5,7 +7,7 @@ import torch
 from longstride.errors import DataError
 from longstride.flows.zmatrix import Internals, build_zmatrix, place_in_frame, wrap
 from longstride.state import System
-from longstride.systems import torsion
+from longstride.systems import prepare_sequence, torsion
 
 
 def molecule(numbers, bonds):
@@ -26,8 +28,13 @@ BUTANE = molecule(
     [(0, 1), (1, 2), (2, 3), (0, 4), (0, 5), (0, 6), (1, 7), (1, 8), (2, 9), (2, 10), (3, 11), (3, 12), (3, 13)],
 )
 RING = molecule([6, 6, 6, 6, 7, 8, 1], [(0, 1), (1, 2), (2, 3), (3, 4), (0, 4), (2, 5), (5, 6)])
+# a five- and a six-membered ring that share the bond 3-4, as in tryptophan, with a tail
+FUSED = molecule(
+    [6, 6, 7, 6, 6, 6, 6, 6, 6, 6, 1, 1],
+    [(0, 1), (1, 2), (2, 3), (3, 4), (0, 4), (4, 5), (5, 6), (6, 7), (7, 8), (3, 8), (0, 9), (7, 10), (9, 11)],
+)
 WATER = molecule([8, 1, 1], [(0, 1), (0, 2)])
-MOLECULES = {"butane": BUTANE, "ring": RING, "water": WATER}
+MOLECULES = {"butane": BUTANE, "ring": RING, "fused": FUSED, "water": WATER}
 
 
 def random_positions(system, batch=3, seed=0):
@@ -62,6 +69,60 @@ def test_every_rotatable_bond_has_one_free_dihedral():
         atom, parent, _, sibling = zmatrix.rows[row + 3]
         assert sibling in zmatrix.rows[zmatrix.rows[:, 1] == parent, 0]
         assert atom != sibling
+
+
+def test_bonds_that_close_a_ring_are_coordinates():
+    for system, count in ((RING, 1), (FUSED, 2)):
+        zmatrix = build_zmatrix(system)
+        assert len(zmatrix.closures) == count
+        x = random_positions(system)
+        internals = zmatrix.from_cartesian(x)
+        for row in zmatrix.closures:
+            atom, first, second, _ = zmatrix.rows[row]
+            assert sorted((atom, second)) in system.bonds.tolist()
+            assert torch.equal(internals.bonds[:, row - 1], (x[:, atom] - x[:, first]).norm(dim=-1))
+            assert torch.equal(internals.angles[:, row - 2], (x[:, atom] - x[:, second]).norm(dim=-1))
+
+
+def test_a_ring_that_cannot_close_is_not_a_number():
+    zmatrix = build_zmatrix(RING)
+    internals = zmatrix.from_cartesian(random_positions(RING))
+    row = int(zmatrix.closures[0])
+    too_short = internals.bonds.clone()
+    too_short[1, row - 1] = 1e-4
+    angles = internals.angles.clone()
+    angles[1, row - 2] = 1e-4
+    x = zmatrix.to_cartesian(replace(internals, bonds=too_short, angles=angles))
+    assert x[1].isnan().any()
+    assert x[[0, 2]].isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("sequence", "turning", "puckers"),
+    [
+        ("ACE-PRO-NME", {"CH3-C", "C-N", "CA-C", "CA-N"}, 1),
+        ("ACE-PHE-NME", {"CH3-C", "C-N", "CA-C", "CA-N", "CA-CB", "CB-CG"}, 0),
+        ("ACE-TRP-NME", {"CH3-C", "C-N", "CA-C", "CA-N", "CA-CB", "CB-CG"}, 0),
+    ],
+)
+def test_rings_of_amino_acids(sequence, turning, puckers):
+    system = prepare_sequence(sequence, name=sequence, force_field=("amber14-all.xml",), cutoff_nm=None).system
+    zmatrix = build_zmatrix(system)
+    rows = [zmatrix.rows[index + 3] for index in zmatrix.free]
+    closing = [row for row in rows if zmatrix.rows.tolist().index(row.tolist()) in zmatrix.closures]
+    assert len(closing) == puckers
+    names = system.atom_names
+    axes = {
+        "-".join(sorted((names[row[1]], names[row[2]]), key=("CH3 CA CB CG C N".split()).index))
+        for row in rows
+        if not any(row is ring for ring in closing)
+    }
+    assert axes == turning
+
+
+def test_rings_of_three_atoms_are_refused():
+    with pytest.raises(DataError, match="rings at atom"):
+        build_zmatrix(molecule([6, 6, 6, 6], [(0, 1), (1, 2), (0, 2), (2, 3)]))
 
 
 def test_a_mirror_image_flips_dihedrals_only():
@@ -104,8 +165,9 @@ def log_volume(zmatrix, x, seed):
 def test_measure_equals_the_jacobian_of_the_placement(system):
     zmatrix = build_zmatrix(system)
     for seed in range(3):
-        measured, internals = log_volume(zmatrix, random_positions(system, batch=1, seed=seed), seed)
-        assert abs((measured - internals.log_measure()[0]).item()) < 1e-8
+        x = random_positions(system, batch=1, seed=seed)
+        measured, internals = log_volume(zmatrix, x, seed)
+        assert abs((measured - zmatrix.log_measure(internals, x)[0]).item()) < 1e-8
         without_sine = 2 * internals.bonds.log().sum()
         assert abs((measured - without_sine).item()) > 1e-3  # negative control
 

@@ -126,10 +126,10 @@ class NoMeasure(FlowProposal):
 
     def sample(self, x, generator):
         y, log_q = super().sample(x, generator)
-        return y, log_q + ZMATRIX.from_cartesian(y.positions).log_measure()
+        return y, log_q + ZMATRIX.log_measure(ZMATRIX.from_cartesian(y.positions), y.positions)
 
     def log_prob(self, y, x):
-        return super().log_prob(y, x) + ZMATRIX.from_cartesian(y.positions).log_measure()
+        return super().log_prob(y, x) + ZMATRIX.log_measure(ZMATRIX.from_cartesian(y.positions), y.positions)
 
 
 class NoReverse(FlowProposal):

@@ -272,17 +272,21 @@ class FlowProposal:
         torsions_y = flow.torsion_network.sample(context, generator)
         stiff_y, log_stiff_y = flow.sample_stiff(torsions_y, generator)
         internals_y, inside = flow.decode(torsions_y, stiff_y)
-        log_forward = flow.torsion_network.log_prob(torsions_y, context) + log_stiff_y - internals_y.log_measure()
-        y = place_in_frame(flow.zmatrix.to_cartesian(internals_y), *flow.zmatrix.frame(here))
-        log_backward = self._log_prob(torsions_x, stiff_x, torsions_y) - internals_x.log_measure()
+        canonical = flow.zmatrix.to_cartesian(internals_y)
+        log_measure = flow.zmatrix.log_measure(internals_y, canonical)
+        log_forward = flow.torsion_network.log_prob(torsions_y, context) + log_stiff_y - log_measure
+        y = place_in_frame(canonical, *flow.zmatrix.frame(here))
+        log_backward = self._log_prob(torsions_x, stiff_x, torsions_y) - flow.zmatrix.log_measure(internals_x, here)
         return State(positions=y.to(x.positions.dtype)), torch.where(inside, log_forward, torch.nan), log_backward
 
     @torch.no_grad()
     def log_prob(self, y: State, x: State) -> Tensor:
         """Return log q(y | x), [batch] float64; -inf where y lies outside the domain."""
         torsions_x, _ = self.flow.encode(self.flow.zmatrix.from_cartesian(x.positions.double()))
-        internals = self.flow.zmatrix.from_cartesian(y.positions.double())
-        return self._log_prob(*self.flow.encode(internals), torsions_x) - internals.log_measure()
+        there = y.positions.double()
+        internals = self.flow.zmatrix.from_cartesian(there)
+        log_q = self._log_prob(*self.flow.encode(internals), torsions_x)
+        return log_q - self.flow.zmatrix.log_measure(internals, there)
 
     def _log_prob(self, torsions: Tensor, stiff: Tensor, given: Tensor) -> Tensor:
         """Return log q of encoded values given the torsions of the condition, before the measure, [batch]."""

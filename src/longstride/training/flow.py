@@ -169,11 +169,12 @@ class EnergyLoss:
     def _reduced(self, flow: InternalFlow, internals: Internals) -> Tensor:
         """Return log pi in internal coordinates, -U/kT + log measure, [batch]."""
         positions = flow.zmatrix.to_cartesian(internals)
+        log_measure = flow.zmatrix.log_measure(internals, positions)
         if positions.requires_grad:
             # a masked loss sends back zero times the force, which is NaN where atoms overlap
             positions.register_hook(lambda gradient: gradient.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0))
         energy = self.potential.energy(State(positions=positions))
-        return internals.log_measure() - energy.double() / self.kT
+        return log_measure - energy.double() / self.kT
 
 
 def _mean_where(mask: Tensor, value: Tensor) -> Tensor:
