@@ -75,6 +75,7 @@ def build_parser() -> argparse.ArgumentParser:
     report.add_argument("--run-folder", required=True, type=Path, metavar="DIR", help="results/<run>")
     report.add_argument("--out", required=True, type=Path, metavar="FILE", help="the HTML file to write")
     _add_bench(commands)
+    _add_import(commands)
     return parser
 
 
@@ -153,6 +154,31 @@ def _add_bench(commands: Any) -> None:  # noqa: ANN401 - argparse keeps its subp
         "--threads", type=int, default=max(1, len(os.sched_getaffinity(0))), help="cores (default: %(default)s)"
     )
     energies.add_argument("--json", action="store_true", help="print JSON instead of a table")
+
+
+def _add_import(commands: Any) -> None:  # noqa: ANN401 - argparse keeps its subparser type private
+    text = (
+        "Published Timewarp models and data for use here. The files are in the Hugging Face dataset microsoft/timewarp"
+        " (https://huggingface.co/datasets/microsoft/timewarp): checkpoints 2aa_best_model.pt and 4aa_best_model.pt, and"
+        " trajectories in its folders (2AA-1-large, 4AA-large, ...), a *-traj-arrays.npz with a *-traj-state0.pdb beside each."
+    )
+    parser = commands.add_parser("import-timewarp", help="published Timewarp files -> stage folders", description=text)
+    kinds = parser.add_subparsers(required=True, metavar="WHAT")
+    model = kinds.add_parser("checkpoint", help="*.pt -> folder of train-flow, for sample --flow", description=text)
+    model.set_defaults(command=_import_checkpoint)
+    model.add_argument("file", type=Path, metavar="FILE", help="the checkpoint; read as data, nothing in it is executed")
+    _folders(model, "out")
+    data = kinds.add_parser("trajectory", help="*-traj-arrays.npz -> folder of reference, for shard", description=text)
+    data.set_defaults(command=_import_trajectories)
+    data.add_argument("files", nargs="+", type=Path, metavar="FILE", help="trajectories of one molecule")
+    _folders(data, "prepared", "out")
+    data.add_argument("--structure", type=Path, metavar="PDB", help="its *-traj-state0.pdb (default: beside the first file)")
+    data.add_argument("--segments", type=int, default=4, help="trajectories to cut each file into (default: %(default)s)")
+    data.add_argument(
+        "--recompute",
+        action="store_true",
+        help="store energies and forces anew, instead of refusing another force field",
+    )
 
 
 def _load(options: argparse.Namespace, section: str | None = None) -> cfg.Config:
@@ -310,6 +336,27 @@ def _report(options: argparse.Namespace) -> None:
     from longstride.stages import report
 
     report.run(_load(options), run_folder=options.run_folder, out=options.out)
+
+
+def _import_checkpoint(options: argparse.Namespace) -> None:
+    from longstride.stages import import_timewarp
+
+    import_timewarp.checkpoint(options.file, out=options.out)
+
+
+def _import_trajectories(options: argparse.Namespace) -> None:
+    from longstride.stages import import_timewarp
+
+    if options.segments < 1:
+        raise LongstrideError("--segments must be 1 or more")
+    import_timewarp.trajectories(
+        options.files,
+        prepared=options.prepared,
+        out=options.out,
+        structure=options.structure,
+        segments=options.segments,
+        recompute=options.recompute,
+    )
 
 
 def _bench_energies(options: argparse.Namespace) -> None:
