@@ -19,6 +19,9 @@ Gaussian step of known width (`flow.cartesian.centre_step_nm`), which makes the 
 the centre, so the chain is exact and its centre takes a random walk that no observable sees. Published weights were
 trained without such a step.
 
+Handedness. The flow could propose a mirror image of a chiral centre, which has the same energy but is another molecule. Such a
+draw is marked invalid (log q = NaN), so that the chain keeps the target restricted to the handedness that it started with.
+
 Rotations: the networks are not equivariant; training turns every pair (x and y alike) at random. A chain is exact
 in any fixed frame.
 """
@@ -37,6 +40,7 @@ from torch import Tensor, nn
 from longstride.errors import DataError
 from longstride.flows.kernel_attention import AtomTransformer, PackedPair, TransformerSizes, attention_weights
 from longstride.state import State
+from longstride.systems import neighbours
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -106,7 +110,9 @@ class CartesianArchitecture:
 
 # The sizes of the published models: `ad` as in the released configuration for alanine dipeptide, `2aa` as in the released
 # checkpoint (106 251 658 parameters). For `4aa` only the size of the released file is known, which these sizes reproduce.
+# `small` is ours, to train on a CPU.
 PRESETS = {
+    "small": CartesianArchitecture(couplings=4, layers=2, embedding=16, width=32, feed_forward=128, hidden=64),
     "ad": CartesianArchitecture(couplings=8, layers=3, embedding=32),
     "2aa": CartesianArchitecture(couplings=12, layers=6, embedding=64),
     "4aa": CartesianArchitecture(couplings=16, layers=17, embedding=64),
@@ -126,6 +132,26 @@ def element_indices(atomic_numbers: np.ndarray, *, name: str = "the molecule") -
             " so use the flow in internal coordinates (flow.coordinates: internal)"
         )
     return torch.tensor([ELEMENTS.index(int(z)) for z in atomic_numbers], dtype=torch.int64)
+
+
+def chiral_centres(system: System) -> Tensor:
+    """Return atoms with four bonds to at least three heavy atoms, [centre, 4]: the atom and its first three heavy neighbours.
+
+    This is the published rule. It also keeps the labels of two equal methyl groups on one atom: arbitrary, but harmless.
+    """
+    heavy = system.atomic_numbers > 1
+    found = []
+    for atom, bonded in enumerate(neighbours(system)):
+        around = [other for other in bonded if heavy[other]]
+        if len(bonded) == 4 and len(around) >= 3:
+            found.append([atom, *around[:3]])
+    return torch.tensor(found, dtype=torch.int64).reshape(-1, 4)
+
+
+def handedness(x: Tensor, centres: Tensor) -> Tensor:
+    """Return on which side the three neighbours of each centre turn, [batch, centre] bool, from positions [batch, atom, 3]."""
+    arms = x[:, centres[:, 1:]] - x[:, centres[:, :1]]
+    return torch.linalg.det(arms) > 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -284,7 +310,8 @@ class CartesianFlow(nn.Module):
         """
         shape = (count or len(condition.x), *condition.x.shape[1:])
         dtype, device = self.embedding.weight.dtype, self.embedding.weight.device
-        z_d, z_v = (torch.randn(shape, generator=generator, dtype=dtype, device=device) for _ in range(2))
+        # drawn where the generator lives, so that a stream gives the same proposals on every device
+        z_d, z_v = (torch.randn(shape, generator=generator, dtype=dtype, device=generator.device).to(device) for _ in range(2))
         z_d, z_v = z_d * self.log_scale_positions.exp(), z_v * self.log_scale_auxiliaries.exp()
         if condition.mask is not None:
             real = condition.mask[..., None]
@@ -304,7 +331,7 @@ class CartesianFlow(nn.Module):
         if not 0 <= label < len(self.architecture.labels):
             raise DataError(f"the flow has the labels {', '.join(self.architecture.labels)}; none has index {label}")
         elements = element_indices(system.atomic_numbers, name=system.name).to(self.embedding.weight.device)
-        return CartesianProposal(flow=self, system=system, elements=elements)
+        return CartesianProposal(flow=self, system=system, elements=elements, centres=chiral_centres(system))
 
 
 @dataclass(frozen=True)
@@ -320,12 +347,14 @@ class CartesianProposal:
     Attributes:
         flow: the conditional flow.
         system: the molecule.
-        elements: [atom] indices of its elements.
+        elements: [atom] indices of its elements, on the device of the flow.
+        centres: [centre, 4] from `chiral_centres`.
     """
 
     flow: CartesianFlow
     system: System
     elements: Tensor
+    centres: Tensor
 
     @functools.cached_property
     def networks(self) -> list[Networks]:
@@ -383,17 +412,27 @@ class CartesianProposal:
     def _propose(self, x: Tensor, generator: torch.Generator, *, count: int | None) -> tuple[Tensor, Tensor, Tensor]:
         y, v_y, log_forward = self._sample(x, generator, count=count)
         # v_x matters only here: the forward density does not see it
-        v_x = torch.randn(v_y.shape, generator=generator, dtype=v_y.dtype, device=v_y.device)
+        v_x = torch.randn(v_y.shape, generator=generator, dtype=v_y.dtype, device=generator.device).to(v_y.device)
         log_backward = self._log_prob(x, v_x, y)
         return y, log_forward - log_normal(v_y), log_backward - log_normal(v_x)
 
     @torch.no_grad()
     def _sample(self, x: Tensor, generator: torch.Generator, *, count: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        condition = self.flow.condition(x, self.elements)
-        return self.flow.sample(condition, generator, count=count, networks=self.networks)
+        device = self.elements.device
+        condition = self.flow.condition(x.to(device), self.elements)
+        y, v, log_q = (
+            value.to(x.device) for value in self.flow.sample(condition, generator, count=count, networks=self.networks)
+        )
+        return y, v, torch.where(self._same_hand(x, y), log_q, torch.nan)
 
     def _log_prob(self, y: Tensor, v: Tensor, x: Tensor) -> Tensor:
-        return self.flow.log_prob(y, v, self.flow.condition(x, self.elements), self.networks)
+        device = self.elements.device
+        condition = self.flow.condition(x.to(device), self.elements)
+        log_q = self.flow.log_prob(y.to(device), v.to(device), condition, self.networks).to(x.device)
+        return torch.where(self._same_hand(x, y), log_q, -torch.inf)
+
+    def _same_hand(self, x: Tensor, y: Tensor) -> Tensor:
+        return (handedness(x, self.centres) == handedness(y, self.centres)).all(-1)
 
     def _block_size(self) -> int:
         rows = BLOCK_ROWS if self.elements.device.type == "cpu" else BLOCK_ROWS_GPU
