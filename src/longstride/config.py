@@ -98,9 +98,28 @@ class ShardConfig(Section):
     frames_per_shard: int = Field(2000, ge=1, description="pair starts in one shard file")
 
 
+class CartesianConfig(Section):
+    """The flow in Cartesian coordinates, the published Timewarp model: sizes and training."""
+
+    preset: Literal["small", "ad", "2aa", "4aa"] = Field(
+        "small", description="sizes: the published ad (36 M parameters), 2aa (106 M), 4aa (396 M), or small for a CPU"
+    )
+    batch_size: int = Field(64, ge=1, description="pairs per optimiser step")
+    learning_rate: float = Field(5e-4, gt=0, description="peak learning rate (AdamW, warm-up, cosine decay)")
+    warm_up_steps: int = Field(200, ge=0, description="steps over which the learning rate rises to its peak")
+    weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay")
+    centre_step_nm: float = Field(
+        0.1, ge=0, description="width of the random step that training gives the centre of mass, per axis"
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where it is trained; auto: a GPU where there is one")
+
+
 class FlowConfig(Section):
     """The internal-coordinate conditional flow and its training."""
 
+    coordinates: Literal["internal", "cartesian"] = Field(
+        "internal", description="internal, or cartesian for the published model (section cartesian and the limits here)"
+    )
     max_steps: int = Field(1500, ge=1, description="optimiser steps; the learning rate falls to zero at this step")
     max_seconds: float = Field(
         1800.0,
@@ -126,6 +145,7 @@ class FlowConfig(Section):
     ema_decay: float = Field(0.995, ge=0, lt=1, description="exponential moving average of the weights")
     metrics_every_steps: int = Field(250, ge=1, description="optimiser steps between rows of metrics.csv")
     checkpoint_every_steps: int = Field(250, ge=1, description="optimiser steps between checkpoints")
+    cartesian: CartesianConfig = CartesianConfig()
 
 
 class DistillConfig(Section):

@@ -22,6 +22,7 @@ from longstride.mcmc.metropolis import boltzmann, log_ratio
 from longstride.potentials.amber import AmberPotential
 from longstride.provenance import provenance
 from longstride.seeds import job_seed
+from longstride.stages import train_cartesian
 from longstride.state import State
 from longstride.systems import load_prepared
 from longstride.training.flow import EnergyLoss, Trainer, encode_pairs, internals_of, train, validation_nll
@@ -42,6 +43,8 @@ HELD_OUT = 512  # validation frames from which acceptance is measured
 def run(section: FlowConfig, *, prepared: Path, shards: Path, out: Path, state: Path, seed: int, threads: int) -> None:
     """Write model.safetensors, metrics.csv and the manifest to `out`; continue from `state`.
 
+    With `coordinates: cartesian` this is `longstride.stages.train_cartesian`.
+
     Training runs on one core however many `threads` grants: its tensors are small, a second thread mostly waits (and waits
     badly where the machine is shared), and the order of sums, hence the result, would depend on the number.
 
@@ -49,6 +52,9 @@ def run(section: FlowConfig, *, prepared: Path, shards: Path, out: Path, state: 
         DataError: the shards belong to another molecule or force field.
         NumericsError: training diverged.
     """
+    if section.coordinates == "cartesian":
+        train_cartesian.run(section, prepared=prepared, shards=shards, out=out, state=state, seed=seed, threads=threads)
+        return
     torch.set_num_threads(THREADS)
     molecule = load_prepared(prepared)
     source = read_manifest(shards, kind="shards")

@@ -1,0 +1,216 @@
+"""Likelihood training of the Cartesian flow on lagged pairs, one molecule or several of different sizes in a batch.
+
+    loss = -E[log q(y, v | x) / n_atoms],   v ~ N(0, 1) drawn anew for every pair at every step
+
+Each pair is drawn in a random direction of time, which the dynamics' reversibility in positions permits, and turned by a random
+rotation of its own, the same for x and y (the networks are not equivariant). Absolute translations need no augmentation: the
+density does not see them. The relative one is replaced: y is moved so that its centre of mass meets that of x, which removes
+the free diffusion or the freezing of the centre in the dynamics, and then gets a Gaussian step of `centre_step_nm`
+(see `longstride.flows.cartesian`).
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from longstride.errors import DataError
+from longstride.flows.cartesian import CartesianFlow, element_indices
+from longstride.progress import Progress
+from longstride.training.flow import learning_rate
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from longstride.config import CartesianConfig, FlowConfig
+    from longstride.data.checkpoint import StateFolder
+    from longstride.state import System
+    from longstride.training.module_state import ModuleState
+
+_MAX_GRADIENT = 100.0
+_EVALUATED_AT_ONCE = 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoleculePairs:
+    """Lagged pairs of one molecule; both ends centred on their mass-weighted centre.
+
+    Attributes:
+        x: [pair, atom, 3] nm float32.
+        y: [pair, atom, 3] nm float32.
+        elements: [atom] int64 indices of the element embedding.
+    """
+
+    x: Tensor
+    y: Tensor
+    elements: Tensor
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    @classmethod
+    def from_arrays(cls, pairs: Mapping[str, np.ndarray], system: System) -> MoleculePairs:
+        """Return the pairs x and y, [pair, atom, 3] nm, of a molecule.
+
+        Raises:
+            DataError: no pairs, other atoms, or an element that the flow does not know.
+        """
+        if not len(pairs["x"]) or pairs["x"].shape[1] != system.n_atoms:
+            raise DataError(f"no pairs of {system.n_atoms} atoms for {system.name}; run reference and shard for it")
+        share = system.masses / system.masses.sum()
+
+        def centred(end: np.ndarray) -> Tensor:
+            value = end.astype(np.float64)
+            return torch.from_numpy(value - np.einsum("pax,a->px", value, share)[:, None]).float()
+
+        elements = element_indices(system.atomic_numbers, name=system.name)
+        return cls(x=centred(pairs["x"]), y=centred(pairs["y"]), elements=elements)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PaddedPairs:
+    """Pairs of one step.
+
+    Attributes:
+        x: [batch, atom, 3] nm, zero at padding.
+        y: [batch, atom, 3] nm, zero at padding.
+        v: [batch, atom, 3] auxiliaries.
+        elements: [batch, atom] int64.
+        mask: [batch, atom] bool, true for real atoms; None where no entry is padded.
+    """
+
+    x: Tensor
+    y: Tensor
+    v: Tensor
+    elements: Tensor
+    mask: Tensor | None
+
+    def to(self, device: torch.device) -> PaddedPairs:
+        """Return the pairs on a device."""
+        x, y, v, elements = (value.to(device) for value in (self.x, self.y, self.v, self.elements))
+        return PaddedPairs(x=x, y=y, v=v, elements=elements, mask=None if self.mask is None else self.mask.to(device))
+
+
+def random_rotations(count: int, generator: torch.Generator) -> Tensor:
+    """Return uniformly distributed rotation matrices, [count, 3, 3], from random unit quaternions."""
+    w, x, y, z = torch.nn.functional.normalize(torch.randn(count, 4, generator=generator), dim=-1).unbind(-1)
+    rows = (
+        (1 - 2 * (y * y + z * z), 2 * (x * y - z * w), 2 * (x * z + y * w)),
+        (2 * (x * y + z * w), 1 - 2 * (x * x + z * z), 2 * (y * z - x * w)),
+        (2 * (x * z - y * w), 2 * (y * z + x * w), 1 - 2 * (x * x + y * y)),
+    )
+    return torch.stack([torch.stack(row, -1) for row in rows], -2)
+
+
+def draw_batch(
+    molecules: Sequence[MoleculePairs], size: int, *, centre_step_nm: float, generator: torch.Generator
+) -> PaddedPairs:
+    """Draw pairs with replacement, molecules with equal probability, and augment them as the module describes."""
+    which = torch.randint(len(molecules), (size,), generator=generator)
+    direction = torch.randint(2, (size,), generator=generator).tolist()
+    chosen = []
+    for molecule, reverse in zip(which.tolist(), direction, strict=True):
+        pairs = molecules[molecule]
+        row = int(torch.randint(len(pairs), (), generator=generator))
+        ends = (pairs.x[row], pairs.y[row])
+        chosen.append((*(ends[::-1] if reverse else ends), pairs.elements))
+    turn = random_rotations(size, generator)
+    step = centre_step_nm * torch.randn(size, 1, 3, generator=generator)
+    return _augmented(chosen, turn=turn, step=step, generator=generator)
+
+
+def _augmented(
+    chosen: Sequence[tuple[Tensor, Tensor, Tensor]], *, turn: Tensor, step: Tensor, generator: torch.Generator
+) -> PaddedPairs:
+    """Pad, turn x and y alike, move y by the step of the centre, and draw auxiliaries."""
+    pad = torch.nn.utils.rnn.pad_sequence
+    x, y = (pad([entry[end] for entry in chosen], batch_first=True) @ turn.mT for end in (0, 1))
+    elements = pad([entry[2] for entry in chosen], batch_first=True)
+    sizes = torch.tensor([len(entry[2]) for entry in chosen])
+    mask = torch.arange(x.shape[1]) < sizes[:, None]
+    y = torch.where(mask[..., None], y + step, 0.0)
+    v = torch.randn(x.shape, generator=generator)
+    return PaddedPairs(x=x, y=y, v=v, elements=elements, mask=None if bool(mask.all()) else mask)
+
+
+def nll_per_atom(flow: CartesianFlow, batch: PaddedPairs) -> Tensor:
+    """Return -log q(y, v | x) / n_atoms, [batch] nats."""
+    condition = flow.condition(batch.x, batch.elements, batch.mask)
+    n_atoms = batch.x.shape[1] if batch.mask is None else batch.mask.sum(1)
+    return -flow.log_prob(batch.y, batch.v, condition) / n_atoms
+
+
+def train(
+    state: ModuleState,
+    molecules: Sequence[MoleculePairs],
+    section: FlowConfig,
+    *,
+    evaluate: Callable[[CartesianFlow], dict[str, float]] | None = None,
+    folder: StateFolder | None = None,
+) -> None:
+    """Train to `section.max_steps` or `section.max_seconds`, leaving the averaged weights in `state.module`.
+
+    Args:
+        state: where training stands; continues from the newest checkpoint in `folder`.
+        molecules: training pairs.
+        section: `section.cartesian` holds the settings of this flow, the rest is shared with the internal one.
+        evaluate: metrics of the flow with averaged weights, called every `section.metrics_every_steps`.
+        folder: where checkpoints go.
+
+    Raises:
+        NumericsError: training diverged.
+    """
+    flow, settings = state.module, section.cartesian
+    assert isinstance(flow, CartesianFlow)
+    if folder is not None:
+        state.load(folder)
+    device = flow.embedding.weight.device
+    progress = Progress("flow", section.max_steps, "steps", start=state.step)
+    begin = time.monotonic() - state.wall_s
+    done = state.step >= section.max_steps
+    while not done:
+        batch = draw_batch(
+            molecules, settings.batch_size, centre_step_nm=settings.centre_step_nm, generator=state.generator
+        ).to(device)
+        loss = nll_per_atom(flow, batch).mean()
+        state.update(loss, rate=_rate(state.step, section, settings), decay=section.ema_decay, max_gradient=_MAX_GRADIENT)
+        state.wall_s = time.monotonic() - begin
+        done = state.step >= section.max_steps or state.wall_s > section.max_seconds
+        if evaluate is not None and (done or state.step % section.metrics_every_steps == 0):
+            _record(state, evaluate, loss.item())
+        if folder is not None and not done and state.step % section.checkpoint_every_steps == 0:
+            state.save(folder)
+        progress.update(state.step, f"loss {loss.item():.3f} nat per atom")
+    state.wall_s = time.monotonic() - begin
+    state.adopt_average()
+
+
+def _rate(step: int, section: FlowConfig, settings: CartesianConfig) -> float:
+    return learning_rate(step, peak=settings.learning_rate, warm_up=settings.warm_up_steps, total=section.max_steps)
+
+
+def _record(state: ModuleState, evaluate: Callable[[CartesianFlow], dict[str, float]], train_nll: float) -> None:
+    row = {"step": float(state.step), "wall_s": state.wall_s, "train_nll_per_atom": train_nll}
+    with state.averaged() as flow:
+        assert isinstance(flow, CartesianFlow)
+        state.rows.append(row | evaluate(flow))
+
+
+@torch.no_grad()
+def validation_nll(flow: CartesianFlow, pairs: MoleculePairs, *, centre_step_nm: float, seed: int) -> float:
+    """Return the mean -log q / n_atoms over the pairs of one molecule, with auxiliaries and centres drawn from `seed`."""
+    generator = torch.Generator().manual_seed(seed)
+    device = flow.embedding.weight.device
+    total = 0.0
+    for chunk in torch.arange(len(pairs)).split(_EVALUATED_AT_ONCE):
+        entries = [(pairs.x[row], pairs.y[row], pairs.elements) for row in chunk.tolist()]
+        step = centre_step_nm * torch.randn(len(entries), 1, 3, generator=generator)
+        turn = torch.eye(3).expand(len(entries), 3, 3)
+        batch = _augmented(entries, turn=turn, step=step, generator=generator).to(device)
+        total += nll_per_atom(flow, batch).sum().item()
+    return total / len(pairs)

@@ -1,0 +1,120 @@
+"""Everything that training a module changes, in one value that a checkpoint holds bit for bit."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from longstride.errors import NumericsError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from longstride.data.checkpoint import StateFolder
+
+_MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+
+
+@dataclass(kw_only=True)
+class ModuleState:
+    """A module in training, on any device.
+
+    Attributes:
+        module: the network.
+        optimizer: AdamW over all of its parameters.
+        average: exponential moving average of the weights, by parameter name.
+        generator: the only random stream of training; on the CPU, so that a checkpoint continues on any device.
+        step: optimiser steps done.
+        wall_s: seconds spent, summed over attempts.
+        rows: metrics so far.
+    """
+
+    module: nn.Module
+    optimizer: torch.optim.AdamW
+    average: dict[str, Tensor]
+    generator: torch.Generator
+    step: int = 0
+    wall_s: float = 0.0
+    rows: list[dict[str, float]] = field(default_factory=list)
+
+    @classmethod
+    def fresh(cls, module: nn.Module, *, learning_rate: float, weight_decay: float, seed: int) -> ModuleState:
+        """Return the state of step 0."""
+        optimizer = torch.optim.AdamW(module.parameters(), lr=learning_rate, weight_decay=weight_decay)
+        average = {name: value.detach().clone() for name, value in module.named_parameters()}
+        return cls(module=module, optimizer=optimizer, average=average, generator=torch.Generator().manual_seed(seed))
+
+    def save(self, folder: StateFolder) -> None:
+        """Write a checkpoint from which `load` continues bit for bit."""
+        arrays = {f"average.{name}": value.cpu().numpy() for name, value in self.average.items()}
+        for name, value in self.module.named_parameters():
+            arrays[f"weight.{name}"] = value.detach().cpu().numpy()
+            for key, moment in self.optimizer.state.get(value, {}).items():
+                arrays[f"adam.{key}.{name}"] = moment.cpu().numpy().reshape(-1)
+        arrays["generator"] = self.generator.get_state().numpy()
+        folder.save(self.step, arrays, {"wall_s": self.wall_s, "rows": self.rows})
+
+    @torch.no_grad()
+    def load(self, folder: StateFolder) -> None:
+        """Continue from the newest checkpoint, if there is one."""
+        saved = folder.latest()
+        if saved is None:
+            return
+        self.step, self.wall_s, self.rows = saved.step, saved.meta["wall_s"], saved.meta["rows"]
+        tensors = {name: torch.from_numpy(value.copy()) for name, value in saved.arrays.items()}
+        self.generator.set_state(tensors["generator"])
+        for name, value in self.module.named_parameters():
+            value.copy_(tensors[f"weight.{name}"])
+            self.average[name].copy_(tensors[f"average.{name}"])
+            shapes = dict.fromkeys(_MOMENTS, value.shape) | {"step": torch.Size([])}
+            moments = {key: tensors[f"adam.{key}.{name}"].reshape(shape) for key, shape in shapes.items()}
+            # the step counter stays on the CPU, as AdamW keeps it
+            self.optimizer.state[value] = {
+                key: moment if key == "step" else moment.to(value.device) for key, moment in moments.items()
+            }
+
+    @torch.no_grad()
+    def update(self, loss: Tensor, *, rate: float, decay: float, max_gradient: float) -> None:
+        """One optimiser step along the clipped gradient of `loss`, and one step of the moving average.
+
+        Raises:
+            NumericsError: the gradient is not finite.
+        """
+        self.optimizer.zero_grad()
+        with torch.enable_grad():
+            loss.backward()
+        norm = nn.utils.clip_grad_norm_(self.module.parameters(), max_gradient)
+        if not bool(norm.isfinite()):
+            raise NumericsError(f"training diverged at step {self.step}; lower the learning rate")
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.step()
+        # early on the average follows the weights, so that it never remembers the initial ones
+        weight = 1.0 - min(decay, (1 + self.step) / (10 + self.step))
+        for name, value in self.module.named_parameters():
+            self.average[name].lerp_(value, weight)
+        self.step += 1
+
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[nn.Module]:
+        """Lend the module with averaged weights."""
+        kept = {name: value.detach().clone() for name, value in self.module.named_parameters()}
+        self.adopt_average()
+        try:
+            yield self.module
+        finally:
+            _copy(self.module, kept)
+
+    def adopt_average(self) -> None:
+        """Put the averaged weights into the module."""
+        _copy(self.module, self.average)
+
+
+@torch.no_grad()
+def _copy(module: nn.Module, weights: dict[str, Tensor]) -> None:
+    for name, value in module.named_parameters():
+        value.copy_(weights[name])
