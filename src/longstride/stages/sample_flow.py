@@ -12,9 +12,11 @@ from longstride.data.frames import start_positions
 from longstride.data.manifest import read_manifest, write_manifest
 from longstride.errors import DataError
 from longstride.fingerprints import code_version
+from longstride.flows.cartesian import CartesianFlow
+from longstride.flows.cartesian_checkpoint import is_cartesian, load_cartesian
 from longstride.flows.checkpoint import load_flow
-from longstride.mcmc.explore import explore
-from longstride.mcmc.metropolis import boltzmann, checked_starts, start_chains
+from longstride.mcmc.explore import explore, filtered
+from longstride.mcmc.metropolis import boltzmann, checked_starts, metropolis, start_chains
 from longstride.mcmc.run import Saved, Schedule, Tally, run
 from longstride.mcmc.timewarp import timewarp
 from longstride.potentials.amber import AmberPotential, compiler_available
@@ -30,6 +32,8 @@ if TYPE_CHECKING:
 
     from longstride.config import ExploreSampling, TimewarpSampling
     from longstride.flows.internal import InternalFlow
+
+    Flow = InternalFlow | CartesianFlow
     from longstride.mcmc.kernel import Kernel
     from longstride.potentials.base import Potential
     from longstride.systems import Prepared
@@ -42,7 +46,10 @@ def run_timewarp(
 ) -> None:
     """Write samples of the exact chain to `out`; starts are reference frames from all basins."""
 
-    def make(network: InternalFlow, potential: Potential, kT: float) -> Kernel:
+    def make(network: Flow, potential: Potential, kT: float) -> Kernel:
+        if isinstance(network, CartesianFlow):
+            proposal, label = network.bind(potential.system), network.architecture.labels[0]
+            return metropolis(boltzmann(potential, kT), proposal, label=label, propose=proposal.propose)
         return timewarp(network, potential, kT=kT, independent_probability=section.independent_probability)
 
     folders = {"prepared": prepared, "flow": flow, "reference": reference, "out": out, "state": state}
@@ -54,7 +61,11 @@ def run_explore(
 ) -> None:
     """Write states of the biased exploration to `out`; starts are reference frames from all basins."""
 
-    def make(network: InternalFlow, potential: Potential, kT: float) -> Kernel:
+    def make(network: Flow, potential: Potential, kT: float) -> Kernel:
+        max_drop = section.max_energy_rise_kJ_per_mol / kT
+        if isinstance(network, CartesianFlow):
+            proposal, label = network.bind(potential.system), network.architecture.labels[0]
+            return filtered(boltzmann(potential, kT), proposal, max_drop=max_drop, label=label)
         return explore(
             network,
             potential,
@@ -70,7 +81,7 @@ def run_explore(
 def _sample(
     method: str,
     section: TimewarpSampling | ExploreSampling,
-    make: Callable[[InternalFlow, Potential, float], Kernel],
+    make: Callable[[Flow, Potential, float], Kernel],
     *,
     folders: dict[str, Path],
     seed: int,
@@ -84,7 +95,7 @@ def _sample(
     if source["system_hash"] != molecule.system_hash:
         raise DataError(f"{folders['reference']} belongs to another molecule or force field than {folders['prepared']}")
     kT = thermal_energy(trained["temperature_K"])
-    network = load_flow(folders["flow"] / "model.safetensors", molecule)
+    network = _load(folders["flow"] / "model.safetensors", molecule)
     compiled = compiler_available() if section.compile_energy is None else section.compile_energy
     potential = AmberPotential.from_openmm(
         molecule.openmm_system, molecule.system, name=molecule.target, dtype=torch.float64, compile=compiled
@@ -107,6 +118,13 @@ def _sample(
         identity = {"method": method, "invariance": kernel.invariance, "seed": seed, "threads": used}
         _write(saved, tally, identity, section, molecule=molecule, trained=trained, out=folders["out"])
         folder.clear()
+
+
+def _load(path: Path, molecule: Prepared) -> Flow:
+    """Return the flow of either kind; a Cartesian one where its large matrix products are fastest."""
+    if is_cartesian(path):
+        return load_cartesian(path, molecule).to("cuda" if torch.cuda.is_available() else "cpu")
+    return load_flow(path, molecule)
 
 
 def _write(

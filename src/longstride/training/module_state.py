@@ -68,8 +68,9 @@ class ModuleState:
         tensors = {name: torch.from_numpy(value.copy()) for name, value in saved.arrays.items()}
         self.generator.set_state(tensors["generator"])
         for name, value in self.module.named_parameters():
-            value.copy_(tensors[f"weight.{name}"])
-            self.average[name].copy_(tensors[f"average.{name}"])
+            # files hold single numbers as arrays of one
+            value.copy_(tensors[f"weight.{name}"].view(value.shape))
+            self.average[name].copy_(tensors[f"average.{name}"].view(value.shape))
             shapes = dict.fromkeys(_MOMENTS, value.shape) | {"step": torch.Size([])}
             moments = {key: tensors[f"adam.{key}.{name}"].reshape(shape) for key, shape in shapes.items()}
             # the step counter stays on the CPU, as AdamW keeps it

@@ -1,0 +1,253 @@
+"""Likelihood training of the Cartesian flow: augmentation, a known optimum, continuation to the bit, the stages around it."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from longstride.config import CartesianConfig, ExploreSampling, FlowConfig, TimewarpSampling
+from longstride.data.atomic import read_arrays, write_arrays
+from longstride.data.checkpoint import open_state
+from longstride.data.manifest import read_manifest, write_manifest
+from longstride.errors import DataError, LongstrideError, NumericsError
+from longstride.flows.cartesian import CartesianArchitecture, CartesianFlow
+from longstride.stages import flow as stage
+from longstride.stages import train_cartesian
+from longstride.stages.sample_flow import run_explore, run_timewarp
+from longstride.training.cartesian import MoleculePairs, draw_batch, nll_per_atom, random_rotations, train, validation_nll
+from longstride.training.module_state import ModuleState
+
+TINY = CartesianArchitecture(
+    couplings=2, layers=1, embedding=4, width=8, feed_forward=16, hidden=16, lengthscales_nm=(0.2, 0.6), lags_ps=(1.0,)
+)
+SPREAD, ATOMS = 0.04, 4
+
+
+def section(**changes):
+    shared = {"max_steps": 12, "metrics_every_steps": 6, "checkpoint_every_steps": 5, "ema_decay": 0.9, **changes}
+    cartesian = {"batch_size": 16, "learning_rate": 3e-3, "warm_up_steps": 5, **shared.pop("cartesian", {})}
+    return FlowConfig(coordinates="cartesian", cartesian=CartesianConfig(**cartesian), **shared)
+
+
+def noisy_pairs(atoms=ATOMS, count=400, *, seed=0):
+    """Return pairs whose y is x plus independent normal noise of width SPREAD, with centres far apart."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = torch.randn(atoms, 3, generator=generator) * 0.2
+    x = shape + 0.05 * torch.randn(count, atoms, 3, generator=generator)
+    y = x + SPREAD * torch.randn(count, atoms, 3, generator=generator)
+    x, y = (value - value.mean(1, keepdim=True) for value in (x, y))
+    return MoleculePairs(x=x, y=y, elements=torch.arange(atoms) % 5)
+
+
+def fresh(settings, *, seed=1):
+    torch.manual_seed(seed)
+    options = {"learning_rate": settings.cartesian.learning_rate, "weight_decay": 0.0, "seed": seed}
+    return ModuleState.fresh(CartesianFlow(TINY), **options)
+
+
+def weights(state):
+    return {name: value.detach().clone() for name, value in state.module.named_parameters()}
+
+
+def test_training_reaches_the_entropy_of_the_data_and_does_not_go_below():
+    # with this width of the centre's step, y - x is normal with the covariance SPREAD^2 in all directions
+    step = SPREAD / math.sqrt(ATOMS)
+    settings = section(
+        max_steps=150, cartesian={"batch_size": 32, "learning_rate": 2e-2, "centre_step_nm": step, "warm_up_steps": 10}
+    )
+    train_pairs, held_out = noisy_pairs(count=2000), noisy_pairs(count=1000)
+    state = fresh(settings)
+    before = validation_nll(state.module, held_out, centre_step_nm=step, seed=3)
+    train(state, [train_pairs], settings)
+    after = validation_nll(state.module, held_out, centre_step_nm=step, seed=3)
+    optimum = 3 * (math.log(2 * math.pi * math.e) + math.log(SPREAD))
+    assert before > optimum + 3
+    assert optimum - 0.1 < after < optimum + 0.15
+
+
+def test_without_a_step_of_the_centre_the_data_lie_on_a_sheet():
+    pairs = noisy_pairs()
+    generator = torch.Generator().manual_seed(0)
+    frozen = draw_batch([pairs], 200, centre_step_nm=0.0, generator=generator)
+    free = draw_batch([pairs], 200, centre_step_nm=0.1, generator=generator)
+    widths = [(batch.y - batch.x).mean(1).std().item() for batch in (frozen, free)]
+    assert widths[0] < 1e-7
+    assert widths[1] == pytest.approx(0.1, rel=0.1)
+
+
+def test_the_centre_is_the_mass_weighted_one():
+    from longstride.state import System
+
+    system = System(
+        name="pair", atomic_numbers=np.array([8, 1]), masses=np.array([15.0, 1.0]), bonds=np.array([(0, 1)]),
+        atom_names=("O", "H"), residue_names=("HOH",) * 2, residue_indices=np.zeros(2, dtype=np.int64),
+    )  # fmt: skip
+    x = np.random.default_rng(0).normal(size=(5, 2, 3)).astype(np.float32) + 3
+    pairs = MoleculePairs.from_arrays({"x": x, "y": x + 1}, system)
+    torch.testing.assert_close(pairs.x, pairs.y, atol=1e-6, rtol=0)
+    assert (15 * pairs.x[:, 0] + pairs.x[:, 1]).abs().max() < 1e-5
+    assert pairs.x.mean(1).abs().max() > 0.1
+
+
+def distances(x, y):
+    return (x[:, :, None] - y[:, None]).norm(dim=-1)
+
+
+def test_x_and_y_turn_together_each_pair_by_itself_and_in_both_directions_of_time():
+    pairs = noisy_pairs(count=1)
+    batch = draw_batch([pairs], 64, centre_step_nm=0.0, generator=torch.Generator().manual_seed(0))
+    here, back = distances(pairs.x, pairs.y), distances(pairs.y, pairs.x)
+    found = distances(batch.x, batch.y)
+    forward = (found - here).abs().amax((1, 2)) < 1e-5
+    backward = (found - back).abs().amax((1, 2)) < 1e-5
+    assert (forward ^ backward).all()
+    assert 15 < forward.sum() < 49
+    assert len(torch.unique(batch.x[:, 0, 0])) == 64
+    # the control: y turned on its own
+    turned = distances(batch.x, batch.y @ random_rotations(64, torch.Generator().manual_seed(1)).mT)
+    assert ((turned - here).abs().amax((1, 2)) > 1e-3).all()
+
+
+def test_random_rotations_are_proper_and_uniform():
+    turn = random_rotations(4000, torch.Generator().manual_seed(0))
+    torch.testing.assert_close(turn @ turn.mT, torch.eye(3).expand(4000, 3, 3), atol=1e-5, rtol=0)
+    assert torch.linalg.det(turn).min() > 0.999
+    # the trace of a uniform rotation has mean 0 and variance 1
+    trace = turn.diagonal(dim1=1, dim2=2).sum(-1)
+    assert abs(trace.mean().item()) < 5 / math.sqrt(4000)
+    assert abs(trace.var().item() - 1) < 0.15
+
+
+def test_molecules_of_different_sizes_share_a_batch():
+    molecules = [noisy_pairs(atoms) for atoms in (3, 6)]
+    batch = draw_batch(molecules, 40, centre_step_nm=0.1, generator=torch.Generator().manual_seed(0))
+    assert set(batch.mask.sum(1).tolist()) == {3, 6}
+    flow = fresh(section()).module
+    together = nll_per_atom(flow, batch)
+    small = batch.mask.sum(1) == 3
+    condition = flow.condition(batch.x[small, :3], batch.elements[small, :3])
+    alone = -flow.log_prob(batch.y[small, :3], batch.v[small, :3], condition) / 3
+    torch.testing.assert_close(together[small], alone, rtol=1e-5, atol=1e-5)
+
+
+class Dying(ModuleState):
+    def update(self, loss, **options):
+        if self.step == 8:
+            raise KeyboardInterrupt
+        super().update(loss, **options)
+
+
+def test_killed_training_continues_to_the_same_bits(tmp_path):
+    settings, pairs = section(), [noisy_pairs()]
+    whole = fresh(settings)
+    train(whole, pairs, settings, evaluate=lambda flow: {"some": 1.0})
+    dying = Dying(**vars(fresh(settings)))
+    with open_state(tmp_path, "key") as folder, pytest.raises(KeyboardInterrupt):
+        train(dying, pairs, settings, evaluate=lambda flow: {"some": 1.0}, folder=folder)
+    resumed = fresh(settings, seed=9)
+    with open_state(tmp_path, "key") as folder:
+        train(resumed, pairs, settings, evaluate=lambda flow: {"some": 1.0}, folder=folder)
+    assert resumed.step == settings.max_steps
+    assert all(torch.equal(value, weights(resumed)[name]) for name, value in weights(whole).items())
+    assert [row["step"] for row in resumed.rows] == [6.0, 12.0]
+    other = fresh(settings, seed=9)
+    train(other, pairs, settings)
+    assert not all(torch.equal(value, weights(other)[name]) for name, value in weights(whole).items())
+
+
+def test_the_average_is_lent_and_given_back():
+    state = fresh(section())
+    before = weights(state)
+    state.average = {name: value + 1 for name, value in before.items()}
+    with state.averaged() as flow:
+        assert all(torch.equal(value, before[name] + 1) for name, value in flow.named_parameters())
+    assert all(torch.equal(value, before[name]) for name, value in state.module.named_parameters())
+
+
+def test_divergence_and_the_time_limit():
+    settings = section()
+    state = fresh(settings)
+    with torch.no_grad():
+        next(iter(state.module.parameters())).fill_(math.nan)
+    with pytest.raises(NumericsError, match="learning rate"):
+        train(state, [noisy_pairs()], settings)
+    limited = section(max_steps=500, max_seconds=1e-6)
+    state = fresh(limited)
+    train(state, [noisy_pairs()], limited)
+    assert state.step == 1
+
+
+def shaken(prepared, count, *, seed):
+    """Return frames around the minimised structure that wander and turn, float32."""
+    generator = np.random.default_rng(seed)
+    turn = random_rotations(count, torch.Generator().manual_seed(seed)).numpy()
+    frames = prepared.positions + 0.004 * generator.normal(size=(count, *prepared.positions.shape))
+    return (frames @ turn + generator.normal(size=(count, 1, 3))).astype(np.float32)
+
+
+@pytest.fixture
+def folders(alanine, alanine_folder, tmp_path):
+    """Shards and a reference in the shape the earlier stages write."""
+    shards, reference = tmp_path / "shards", tmp_path / "reference"
+    identity = {"system": alanine.system.name, "target": alanine.target, "system_hash": alanine.system_hash}
+    for index in range(2):
+        positions = shaken(alanine, 60, seed=10 + index)
+        rows = np.stack([np.arange(40), np.arange(40) + 20], 1)
+        write_arrays(shards / f"shard_{index:05d}.safetensors", {"positions": positions, "pairs_0": rows, "pairs_1": rows})
+        write_arrays(reference / f"trajectory_{index:02d}.safetensors", {"positions": positions})
+    names = [f"shard_{index:05d}.safetensors" for index in range(2)]
+    content = {**identity, "temperature_K": 310.0, "lags_ps": [10.0], "splits": {"train": names[:1], "validation": names[1:]}}
+    write_manifest(shards, kind="shards", files=names, content=content)
+    starts = [f"trajectory_{index:02d}.safetensors" for index in range(2)]
+    write_manifest(reference, kind="reference", files=starts, content={**identity, "temperature_K": 310.0})
+    inputs = {"prepared": alanine_folder, "shards": shards}
+    return {"inputs": inputs, "reference": reference, "root": tmp_path, "content": content, "names": names}
+
+
+def test_stages_train_sample_and_explore_with_the_cartesian_flow(folders):
+    root = folders["root"]
+    stage.run(section(), **folders["inputs"], out=root / "flow", state=root / "s0", seed=1, threads=1)
+    trained = read_manifest(root / "flow", kind="flow")
+    assert trained["coordinates"] == "cartesian"
+    assert trained["labels"] == ["10 ps"]
+    assert {"validation_nll_per_atom", "acceptance_10_ps", "log_r_sd_10_ps"} <= trained["final"].keys()
+    assert (root / "flow" / "metrics.csv").read_text().count("\n") == 3
+    chains = {"chains": 4, "proposals": 6, "save_every": 2, "burn_in": 1, "checkpoint_every": 4, "compile_energy": False}
+    jobs = {"timewarp": (run_timewarp, TimewarpSampling(**chains)), "explore": (run_explore, ExploreSampling(**chains))}
+    inputs = {"prepared": folders["inputs"]["prepared"], "flow": root / "flow", "reference": folders["reference"]}
+    for method, (function, settings) in jobs.items():
+        function(settings, **inputs, out=root / method, state=root / f"s-{method}", seed=3, threads=1)
+        manifest = read_manifest(root / method, kind="samples")
+        arrays, _ = read_arrays(root / method / "samples.safetensors")
+        assert manifest["invariance"] == {"timewarp": "exact", "explore": "biased"}[method]
+        assert arrays["positions"].shape == (3, 4, 22, 3)
+        assert manifest["counts"]["proposals"] == 24
+        assert json.dumps(manifest["acceptance_by_label"])
+
+
+def test_several_lags_and_absent_gpus_are_one_clear_line(folders):
+    root = folders["root"]
+    job = {"out": root / "flow", "state": root / "s0", "seed": 1, "threads": 1}
+    two = {**folders["content"], "lags_ps": [10.0, 20.0]}
+    write_manifest(folders["inputs"]["shards"], kind="shards", files=folders["names"], content=two)
+    with pytest.raises(DataError, match="holds 2 lags"):
+        stage.run(section(), **folders["inputs"], **job)
+    assert not (root / "flow").exists()
+    if not torch.cuda.is_available():
+        with pytest.raises(LongstrideError, match="sees no GPU"):
+            train_cartesian.training_device(CartesianConfig(device="cuda"))
+
+
+def test_a_published_checkpoint_samples_any_peptide(folders, shared_data, tmp_path):
+    train_cartesian_out = tmp_path / "imported"
+    from longstride.cli import main
+
+    published = shared_data / "data" / "timewarp" / "published_format_small.pt"
+    assert main(["import-timewarp", "checkpoint", str(published), "--out", str(train_cartesian_out)]) == 0
+    chains = {"chains": 4, "proposals": 4, "save_every": 2, "burn_in": 0, "checkpoint_every": 4, "compile_energy": False}
+    inputs = {"prepared": folders["inputs"]["prepared"], "flow": train_cartesian_out, "reference": folders["reference"]}
+    run_timewarp(TimewarpSampling(**chains), **inputs, out=tmp_path / "samples", state=tmp_path / "s", seed=3, threads=1)
+    manifest = read_manifest(tmp_path / "samples", kind="samples")
+    assert manifest["acceptance_by_label"].keys() == {"500 ps"}
