@@ -154,6 +154,19 @@ def _add_bench(commands: Any) -> None:  # noqa: ANN401 - argparse keeps its subp
         "--threads", type=int, default=max(1, len(os.sched_getaffinity(0))), help="cores (default: %(default)s)"
     )
     energies.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    _add_bench_mcmc(kinds)
+
+
+def _add_bench_mcmc(kinds: Any) -> None:  # noqa: ANN401 - argparse keeps its subparser type private
+    text = "flow proposals and complete exact steps: published model, a serial version of it, internal-coordinate flow"
+    mcmc = kinds.add_parser("mcmc", help=text, description=text)
+    mcmc.set_defaults(command=_bench_mcmc)
+    mcmc.add_argument("--system", default="ACE-ALA-NME", metavar="SEQUENCE", help="peptide (default: %(default)s)")
+    mcmc.add_argument("--preset", default="2aa", choices=("small", "ad", "2aa", "4aa"), help="sizes (default: %(default)s)")
+    mcmc.add_argument("--batch", type=int, default=32, help="chains of the published model (default: %(default)s)")
+    mcmc.add_argument("--threads", type=int, default=max(1, len(os.sched_getaffinity(0))), help="cores (default: %(default)s)")
+    mcmc.add_argument("--quick", action="store_true", help="leave out the dependence on batch size and number of atoms")
+    mcmc.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
 
 def _add_import(commands: Any) -> None:  # noqa: ANN401 - argparse keeps its subparser type private
@@ -366,6 +379,17 @@ def _bench_energies(options: argparse.Namespace) -> None:
 
     result = bench.energies(sequence=options.system, batch=options.batch, threads=options.threads)
     print(json.dumps(result, indent=1) if options.json else bench.table(result))
+
+
+def _bench_mcmc(options: argparse.Namespace) -> None:
+    import json
+
+    from longstride.stages import bench_mcmc
+
+    curves = {"sequences": (), "batches": ()} if options.quick else {}
+    chosen = {"sequence": options.system, "preset": options.preset, "batch": options.batch, "threads": options.threads}
+    result = bench_mcmc.mcmc(bench_mcmc.Settings(**chosen, **curves))
+    print(json.dumps(result, indent=1) if options.json else bench_mcmc.table(result))
 
 
 if __name__ == "__main__":
