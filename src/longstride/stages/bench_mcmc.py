@@ -91,11 +91,11 @@ def mcmc(settings: Settings) -> dict[str, Any]:
     torch.set_num_threads(settings.threads)
     molecule = _prepared(settings.sequence)
     peak = matmul_peak()
-    flow = random_flow(PRESETS[settings.preset])
     potential = _potential(molecule, settings)
+    internal = _internal(molecule, potential)  # first, so that its memory is not counted together with the larger model's
+    flow = random_flow(PRESETS[settings.preset])
     cartesian = _cartesian(flow, molecule, potential, batch=settings.batch, peak=peak)
     serial = _serial(flow, molecule)
-    internal = _internal(molecule, potential)
     return {
         "system": settings.sequence,
         "atoms": molecule.system.n_atoms,
