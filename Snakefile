@@ -14,6 +14,7 @@ include: "workflow/rules/shards.smk"
 include: "workflow/rules/flow.smk"
 include: "workflow/rules/distill.smk"
 include: "workflow/rules/sample.smk"
+include: "workflow/rules/free_energy.smk"
 include: "workflow/rules/compare.smk"
 include: "workflow/rules/report.smk"
 

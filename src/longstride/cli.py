@@ -65,8 +65,12 @@ def build_parser() -> argparse.ArgumentParser:
     distill = _command(commands, "distill", _distill, "teacher labels -> 3.5 Å student potential", cfg.DistillConfig)
     _folders(distill, "prepared", "reference", "out", "state")
     _add_sample(commands)
+    umbrella = "independent free energy of phi: umbrella sampling and WHAM"
+    free_energy = _command(commands, "free-energy", _free_energy, umbrella, cfg.FreeEnergyConfig)
+    _folders(free_energy, "prepared", "out", "state")
     compare = _command(commands, "compare", _compare, "free energies, MSM, ESS of one system's samples", cfg.CompareConfig)
     _folders(compare, "prepared", "reference", "out")
+    compare.add_argument("--free-energy", type=Path, metavar="DIR", help="folder of the free-energy stage, where there is one")
     compare.add_argument("--samples", nargs="+", required=True, type=Path, metavar="DIR", help="folders of the sample stage")
     summary = _command(commands, "summary", _summary, "comparisons -> summary.csv", None)
     summary.add_argument("--compare", nargs="+", required=True, type=Path, metavar="DIR", help="folders of the compare stage")
@@ -324,6 +328,17 @@ def _sample(options: argparse.Namespace) -> None:
     _once(options, module=MODULES[options.method], view=view, inputs=folders, make=make)
 
 
+def _free_energy(options: argparse.Namespace) -> None:
+    from longstride.stages import free_energy
+
+    config = _load(options, "free_energy")
+    name = _system_name(options, config)
+    job = {**_folders_of(options, "prepared"), "seed": _seed(config, "free_energy", name), "threads": options.threads}
+    make = partial(free_energy.run, config.free_energy, physics=config.physics, **job)
+    view = cfg.stage_view(config, "free_energy", system=name)
+    _once(options, module="free_energy", view=view, inputs=[options.prepared], make=make)
+
+
 def _compare(options: argparse.Namespace) -> None:
     from longstride.stages import compare
 
@@ -333,6 +348,7 @@ def _compare(options: argparse.Namespace) -> None:
         prepared=options.prepared,
         reference=options.reference,
         samples=options.samples,
+        free_energy=options.free_energy,
         out=options.out,
         seed=_seed(config, "compare", _system_name(options, config)),
         threads=options.threads,

@@ -7,6 +7,7 @@ job depends on: a rule re-runs when its view changes and not otherwise.
 from __future__ import annotations
 
 import difflib
+import math
 import types
 import typing
 from pathlib import Path
@@ -20,6 +21,8 @@ from longstride.errors import ConfigError
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$")]
 Method = Literal["md", "timewarp", "explore", "mts", "sts"]
 METHODS: tuple[Method, ...] = typing.get_args(Method)
+Energies = Literal["batched", "openmm"]
+ENERGIES = "who evaluates the target: batched (thousands of configurations at once) or openmm (any System, one by one)"
 
 
 class Section(BaseModel):
@@ -269,6 +272,41 @@ class SampleConfig(Section):
     sts: STSSampling = STSSampling()
 
 
+class FreeEnergyConfig(Section):
+    """Independent reference for the free energy of phi: umbrella sampling of phi and psi with replica exchange, and WHAM."""
+
+    enabled: bool = Field(
+        default=True, description="whether a run makes it; a molecule without (phi, psi), or with proline there, gets none"
+    )
+    windows: tuple[int, int] = Field((36, 12), description="umbrella windows along phi and psi, even numbers")
+    stiffness_kJ_per_mol: tuple[float, float] = Field((250.0, 30.0), description="restraints k (1 - cos) of phi and psi")
+    length_ps: float = Field(15.0, gt=0, description="length of every window's trajectory")
+    equilibration_ps: float = Field(3.0, ge=0, description="discarded start of every window's trajectory")
+    timestep_fs: float = Field(2.0, gt=0, le=8, description="integration step")
+    friction_per_ps: float = Field(2.0, gt=0, description="Langevin friction")
+    hydrogen_mass_Da: float | None = Field(3.024, ge=1, le=4, description="hydrogen mass; null keeps 1.008")
+    save_every_ps: float = Field(0.1, gt=0, description="time between samples, and between attempts to exchange neighbours")
+    bins: int = Field(72, ge=24, le=360, description="bins per torsion in WHAM, an even number")
+    bootstrap: int = Field(50, ge=20, description="bootstrap replicates over blocks of time")
+    energies: Energies = Field("batched", description=ENERGIES)
+    compile_energy: bool | None = Field(
+        None, description="compile the target energy, several times faster after 10-40 s; null: where a C++ compiler is found"
+    )
+    checkpoint_every_ps: float = Field(3.0, gt=0, description="simulated time between checkpoints")
+
+    @model_validator(mode="after")
+    def _fits(self) -> FreeEnergyConfig:
+        _check_multiple(self.save_every_ps * 1000, self.timestep_fs, "save_every_ps", "timestep_fs")
+        _check_multiple(self.length_ps, self.save_every_ps, "length_ps", "save_every_ps")
+        if any(count % 2 or count < 4 for count in self.windows):
+            raise ValueError("windows must be two even numbers, 4 or more")
+        if any(not 0 < value < math.inf for value in self.stiffness_kJ_per_mol):
+            raise ValueError("stiffness_kJ_per_mol must be positive")
+        if self.bins % 2:
+            raise ValueError("bins must be even, so that 0 degrees is an edge")
+        return self
+
+
 class CompareConfig(Section):
     """Free energies, TICA, MSM and effective sample sizes."""
 
@@ -296,6 +334,7 @@ class Config(Section):
     flow: FlowConfig = FlowConfig()
     distill: DistillConfig = DistillConfig()
     sample: SampleConfig = SampleConfig()
+    free_energy: FreeEnergyConfig = FreeEnergyConfig()
     compare: CompareConfig = CompareConfig()
 
     @model_validator(mode="after")
@@ -414,17 +453,17 @@ def stage_view(config: Config, stage: str, *, system: str | None = None, method:
 
     Args:
         config: the resolved configuration.
-        stage: prepare, reference, shard, flow, distill, sample, compare or report.
+        stage: prepare, reference, shard, flow, distill, sample, free_energy, compare or report.
         system: the job's system, where it has one.
         method: the job's method, for `sample`.
     """
     full = config.model_dump(mode="json")
     view: dict[str, Any] = {}
-    if stage in ("reference", "flow", "distill", "sample", "compare"):
+    if stage in ("reference", "flow", "distill", "sample", "free_energy", "compare"):
         view["seed"] = config.run.seed
     if system is not None:
         view["system"] = config.system(system).model_dump(mode="json")
-    if stage in ("prepare", "reference", "sample", "compare", "distill"):
+    if stage in ("prepare", "reference", "sample", "free_energy", "compare", "distill"):
         view["physics"] = full["physics"]
     if stage == "sample" and method is not None:
         view["sample"] = full["sample"][method]

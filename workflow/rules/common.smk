@@ -31,6 +31,13 @@ def folders_of(name):
     return lambda wildcards, input: [os.path.dirname(path) for path in input[name]]
 
 
+def flag_of(flag, name):
+    """Return the flag and the folder of the file in the input of that name, or nothing where there is none."""
+    return lambda wildcards, input: [
+        part for path in input[name] for part in (flag, os.path.dirname(path))
+    ]
+
+
 # two lines per job that say nothing
 logger.addFilter(
     lambda record: not str(record.msg).startswith(("Select jobs to", "Execute "))

@@ -7,6 +7,11 @@ rule compare:
             method=RUN.config.sample.methods,
             seed=range(RUN.config.sample.seeds),
         ),
+        free_energy=(
+            ["<run>/free_energy/{system}/manifest.json"]
+            if RUN.config.free_energy.enabled
+            else []
+        ),
     output:
         folder=report(
             directory("<run>/compare/{system}"),
@@ -32,12 +37,13 @@ rule compare:
         prepared=subpath(input.prepared, parent=True),
         reference=subpath(input.reference, parent=True),
         samples=folders_of("samples"),
+        free_energy=flag_of("--free-energy", "free_energy"),
     message:
         "compare: free energies, kinetics and speed of {wildcards.system}"
     shell:
         "exec longstride compare --config {params.config:q} --system {wildcards.system}"
         " --prepared {params.prepared:q} --reference {params.reference:q} --samples {params.samples:q}"
-        " --out {output.folder:q} --threads {threads} > {log:q} 2>&1"
+        " {params.free_energy:q} --out {output.folder:q} --threads {threads} > {log:q} 2>&1"
 
 
 rule summary:

@@ -22,7 +22,8 @@ PAGE = Path(__file__).parent / "page"
 FILES = ("report.html", "report.css", "report.js")
 SHOWN = (
     ("system", "system"), ("method", "method"), ("seed", "seed"), ("invariance", "label"), ("status", "status"),
-    ("ess_per_s", "ESS / s"), ("ess", "ESS"), ("delta_f_phi_kT", "ΔF phi (kT)"), ("rmse_free_energy_kT", "map RMSE (kT)"),
+    ("ess_per_s", "ESS / s"), ("ess", "ESS"), ("delta_f_phi_kT", "ΔF phi (kT)"),
+    ("delta_f_phi_umbrella_z", "z of ΔF, umbrella"), ("rmse_free_energy_kT", "map RMSE (kT)"),
     ("acceptance", "acceptance"), ("n_samples", "samples"), ("target", "target"),
     ("mean_energy_kJ_per_mol", "mean U (kJ/mol)"), ("energy_ks", "KS of U"), ("temperature_K", "T (K)"),
     ("basins_visited", "basins"), ("rhat_max", "R-hat"), ("energy_calls", "energy calls"), ("force_calls", "force calls"),
@@ -145,6 +146,8 @@ def wall_times(run: Path, system: str) -> list[dict[str, Any]]:
         ("distill", "train_wall_s", "training"),
     ):
         add(stage, (_manifest(run / stage / system) or {}).get(key), note)
+    umbrella = (_manifest(run / "free_energy" / system) or {}).get("timing") or {}
+    add("free-energy", umbrella.get("sampling_s"), "umbrella sampling")
     for folder in sorted((run / "sample" / system).glob("*/seed*")):
         timing = (_manifest(folder) or {}).get("timing") or {}
         name = f"sample {folder.parent.name}, {folder.name}"

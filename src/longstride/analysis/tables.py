@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 SUMMARY_COLUMNS = (
     "system", "method", "target", "invariance", "seed", "status", "n_samples", "n_chains", "acceptance",
     "ess", "ess_ci_low", "ess_ci_high", "ess_observable", "rhat_max",
-    "delta_f_phi_kT", "delta_f_phi_ci_low_kT", "delta_f_phi_ci_high_kT", "delta_f_phi_z", "rmse_free_energy_kT",
+    "delta_f_phi_kT", "delta_f_phi_ci_low_kT", "delta_f_phi_ci_high_kT", "delta_f_phi_z", "delta_f_phi_umbrella_z",
+    "rmse_free_energy_kT",
     "mean_energy_kJ_per_mol", "mean_energy_ci_low_kJ_per_mol", "mean_energy_ci_high_kJ_per_mol", "energy_ks",
     "temperature_K", "basins_visited", "simulated_ps", "energy_calls", "force_calls",
     "ess_per_energy_call", "ess_per_force_call",
@@ -82,5 +83,24 @@ def summary_row(system: str, entry: Mapping[str, Any], primary: str | None) -> d
             "delta_f_phi_ci_low_kT": difference["low"],
             "delta_f_phi_ci_high_kT": difference["high"],
             "delta_f_phi_z": difference.get("z"),
+            "delta_f_phi_umbrella_z": (difference.get("umbrella") or {}).get("z"),
         }
     return row
+
+
+def umbrella_row(system: str, umbrella: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the row of summary.csv of the independent reference for Delta F: no samples, one free-energy difference.
+
+    Args:
+        system: its name.
+        umbrella: `content["umbrella"]` of comparison.json.
+    """
+    difference = umbrella["delta_f"]
+    row = {"system": system, **{key: umbrella[key] for key in ("method", "target", "invariance", "simulated_ps", "status")}}
+    return row | {
+        "delta_f_phi_kT": difference["value"],
+        "delta_f_phi_ci_low_kT": difference["low"],
+        "delta_f_phi_ci_high_kT": difference["high"],
+        "force_calls": umbrella["counts"].get("force_calls"),
+        "sampling_wall_s": umbrella["timing"].get("sampling_s"),
+    }

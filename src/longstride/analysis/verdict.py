@@ -11,6 +11,7 @@ EXPLANATIONS = {
 }
 METHOD_NOTES = {
     "reference": "OpenMM Langevin dynamics started in several basins; an MSM removes the choice of starts from populations.",
+    "umbrella": "Umbrella sampling of phi and psi with replica exchange, then WHAM: a second, independent reference for ΔF.",
     "md": "Plain OpenMM Langevin dynamics: the baseline on the AMBER-type target.",
     "timewarp": "A conditional normalising flow proposes the molecule a long time ahead; Metropolis-Hastings makes it exact.",
     "explore": "The same flow proposals without the correction, with an energy filter against broken structures.",
@@ -47,6 +48,7 @@ def reference_sentences(content: dict[str, Any]) -> list[str]:
             f"ΔF({name}) from phi < 0 to phi ≥ 0 by the MSM: {with_interval(entry, unit='kT')}. The raw histogram of the"
             f" seeded trajectories: {with_interval(entry['raw'], unit='kT')}. They cross {entry['crossings']} times."
         )
+    found += umbrella_sentences(content)
     if reference["msm"]["note"]:
         found.append(f"Limits of the reference: {reference['msm']['note']}.")
     slowest = reference["msm"]["slowest_timescale_ps"]
@@ -58,6 +60,26 @@ def reference_sentences(content: dict[str, Any]) -> list[str]:
     if reference["estimators_differ_by"] is not None:
         percent = max(100 * reference["estimators_differ_by"], 0.1)
         found.append(f"deeptime and PyEMMA agree within {percent:.2g} % on implied timescales longer than the lag.")
+    return found
+
+
+def umbrella_sentences(content: dict[str, Any]) -> list[str]:
+    """Return what umbrella sampling says about Delta F, and how each method of its target compares; empty without it."""
+    umbrella = content.get("umbrella")
+    if umbrella is None:
+        return []
+    if not umbrella["torsions"]:
+        return [f"No umbrella sampling: {umbrella['status']}."]
+    name = umbrella["torsions"][0]
+    found = [
+        f"Independent of all methods, umbrella sampling gives ΔF({name}) {with_interval(umbrella['delta_f'], unit='kT')} from"
+        f" {number(umbrella['simulated_ps'])} ps of restrained dynamics (overlap of neighbouring windows"
+        f" {number(umbrella['smallest_overlap'], 2)})."
+    ]
+    for entry in content["methods"]:
+        own = (entry.get("delta_f") or {}).get(name) or {}
+        if "umbrella" in own:
+            found.append(f"{entry['method']}, seed {entry['seed']}: {own['umbrella']['statement']}.")
     return found
 
 

@@ -13,6 +13,7 @@ from longstride.analysis.comparison import Comparison, analyse, table_of
 from longstride.analysis.free_energy import bin_edges
 from longstride.analysis.reference_model import chain_histograms
 from longstride.analysis.samples import load_cell, load_molecule, load_reference
+from longstride.analysis.umbrella import attach_umbrella, load_umbrella
 from longstride.data.atomic import write_json
 from longstride.data.manifest import write_manifest
 from longstride.errors import DataError
@@ -28,9 +29,19 @@ if TYPE_CHECKING:
 
 
 def run(
-    section: CompareConfig, *, prepared: Path, reference: Path, samples: list[Path], out: Path, seed: int, threads: int
+    section: CompareConfig,
+    *,
+    prepared: Path,
+    reference: Path,
+    samples: list[Path],
+    out: Path,
+    seed: int,
+    threads: int,
+    free_energy: Path | None = None,
 ) -> None:
     """Compare all samples of one system and write comparison.json, *.csv, *.svg and manifest.json to `out`.
+
+    `free_energy` is the folder of the free-energy stage: its Delta F is shown beside that of every method.
 
     Methods are compared only within one target potential. Everything but times is a function of the inputs and `seed`;
     one thread is used whatever `threads` says, so that sums have one order.
@@ -50,6 +61,8 @@ def run(
         cells.append(load_cell(folder, molecule))
         progress.update(1 + len(cells), str(folder))
     found = analyse(molecule, trajectories, cells, section, seed=seed)
+    if free_energy is not None:
+        attach_umbrella(found.content, load_umbrella(free_energy, molecule))
     progress.update(2 + len(cells), "analysed")
     out.mkdir(parents=True, exist_ok=True)
     figures = compare_figures.draw(found, molecule, section, out=out, seed=seed)
@@ -134,7 +147,10 @@ def summary_rows(content: dict[str, Any]) -> list[dict[str, Any]]:
     """Return the rows of summary.csv of one comparison: the reference first, then every cell, filled or not."""
     primary = content["primary_pair"][0] if content["primary_pair"] else None
     entries = [content["reference"], *content["methods"]]
-    return [tables.summary_row(content["system"], entry, primary) for entry in entries]
+    rows = [tables.summary_row(content["system"], entry, primary) for entry in entries]
+    if "umbrella" in content:
+        rows.insert(1, tables.umbrella_row(content["system"], content["umbrella"]))
+    return rows
 
 
 def summarise(comparison_files: list[Path], out_csv: Path) -> None:
