@@ -402,9 +402,15 @@ def _bench_mcmc(options: argparse.Namespace) -> None:
 
     from longstride.stages import bench_mcmc
 
-    curves = {"sequences": (), "batches": ()} if options.quick else {}
-    chosen = {"sequence": options.system, "preset": options.preset, "batch": options.batch, "threads": options.threads}
-    result = bench_mcmc.mcmc(bench_mcmc.Settings(**chosen, **curves))
+    settings = bench_mcmc.Settings(
+        sequence=options.system,
+        preset=options.preset,
+        batch=options.batch,
+        threads=options.threads,
+        sequences=() if options.quick else bench_mcmc.SEQUENCES,
+        batches=() if options.quick else bench_mcmc.BATCHES,
+    )
+    result = bench_mcmc.mcmc(settings)
     print(json.dumps(result, indent=1) if options.json else bench_mcmc.table(result))
 
 

@@ -241,16 +241,12 @@ class CartesianFlow(nn.Module):
         """The networks of all half updates, differentiable."""
         return list(self.couplings)
 
-    def pack(self, *, compile: bool = False) -> list[Networks]:
-        """Return the networks arranged for inference: equal to rounding, without gradient, of the weights as they are now.
-
-        Args:
-            compile: use torch.compile: the first call for each shape is slow, later ones save memory traffic.
-        """
+    def pack(self) -> list[Networks]:
+        """Return the networks arranged for inference: equal to rounding, without gradient, of the weights as they are now."""
         packed: list[Networks] = []
         for coupling in self.couplings:
             assert isinstance(coupling, Coupling)  # for the type checker: a ModuleList forgets what it holds
-            packed.append(PackedPair(coupling.scale, coupling.shift, compile=compile))
+            packed.append(PackedPair(coupling.scale, coupling.shift))
         return packed
 
     def condition(self, x: Tensor, elements: Tensor, mask: Tensor | None = None) -> Condition:

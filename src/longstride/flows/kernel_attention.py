@@ -126,77 +126,96 @@ class AtomTransformer(nn.Module):
         return self.leave(h)
 
 
-class PackedPair:
-    """Two `AtomTransformer`s of equal sizes on the same input, arranged for inference: equal numbers up to rounding.
+class PackedTransformer:
+    """An `AtomTransformer` arranged for inference: equal numbers up to rounding, fewer operations, larger matrix products.
 
-    Both networks advance together as batched matrix products over all proposals and atoms, and value and output projections of
-    the attention are folded into one matrix. Weights are copied, without gradient: make a new one when they change.
+    All proposals and atoms are rows of one matrix, and value and output projections of the attention are folded into one
+    matrix. Weights are copied, without gradient: make a new one when they change.
     """
 
-    def __init__(self, first: AtomTransformer, second: AtomTransformer, *, compile: bool = False) -> None:
-        both = (first, second)
-        self._enter = _pack_perceptron([network.enter for network in both])
-        self._leave = _pack_perceptron([network.leave for network in both])
-        self._layers = [_pack_layer(pair) for pair in zip(first.layers, second.layers, strict=True)]
-        # one compiled function serves all layers of all networks, whose shapes are the same
-        self._run = torch.compile(_encoder_layer, dynamic=False) if compile else _encoder_layer
+    def __init__(self, network: AtomTransformer) -> None:
+        self._enter, self._leave = _pack_perceptron(network.enter), _pack_perceptron(network.leave)
+        self._layers = [_PackedLayer(layer) for layer in network.layers]
+
+    def __call__(self, features: Tensor, weights: Tensor) -> Tensor:
+        """As `AtomTransformer.forward`."""
+        batch, n, _ = features.shape
+        h = _apply_perceptron(self._enter, features.flatten(0, 1))
+        for layer in self._layers:
+            gathered = torch.matmul(weights, h.view(batch, n, -1)).view(batch * n, -1)
+            h = layer(h, gathered)
+        return _apply_perceptron(self._leave, h).view(batch, n, 3)
+
+
+class PackedPair:
+    """The two networks of a half update, arranged for inference."""
+
+    def __init__(self, first: AtomTransformer, second: AtomTransformer) -> None:
+        self._both = (PackedTransformer(first), PackedTransformer(second))
 
     def __call__(self, features: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         """Map features [batch, atom, n_in] and weights [batch or 1, atom * head, atom] to both results [batch, atom, 3]."""
-        batch, n, size = features.shape
-        h = _apply_perceptron(self._enter, features.reshape(1, batch * n, size).expand(2, -1, -1))
-        for layer in self._layers:
-            h = self._run(h, weights, layer)
-        first, second = _apply_perceptron(self._leave, h).view(2, batch, n, 3)
-        return first, second
+        first, second = self._both
+        return first(features, weights), second(features, weights)
 
 
-_EPS = nn.LayerNorm(1).eps
+class PackedLinear:
+    """x -> x W^T + b of rows x, with W laid out once for the fastest product at hand.
+
+    On a CPU in single precision that is oneDNN's blocked layout, which also applies the activation on the way (measured on one
+    core: 103-113 GFLOP/s, against 92-99 of the general product).
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        weight = weight.detach()
+        self._bias = None if bias is None else bias.detach().clone()
+        self._blocked = weight.device.type == "cpu" and weight.dtype is torch.float32 and _onednn_available()
+        if self._blocked:
+            self._weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), _TYPICAL_ROWS)
+        else:
+            self._weight = weight.T.contiguous()
+
+    def __call__(self, x: Tensor, *, relu: bool = False) -> Tensor:
+        if self._blocked:
+            activation = "relu" if relu else "none"
+            return torch.ops.mkldnn._linear_pointwise(x, self._weight, self._bias, activation, [], "")
+        y = x @ self._weight if self._bias is None else torch.addmm(self._bias, x, self._weight)
+        return y.relu_() if relu else y
 
 
-def _encoder_layer(h: Tensor, weights: Tensor, layer: tuple[Tensor, ...]) -> Tensor:
-    """One encoder layer of two networks, [2, batch * atom, width]."""
-    folded, gain_attention, bias_attention, widen, widen_bias, narrow, narrow_bias, gain, bias = layer
-    _, rows, width = h.shape
-    n = weights.shape[-1]
-    gathered = torch.matmul(weights, h.view(2, rows // n, n, width)).view(2, rows, -1)
-    h = torch.baddbmm(h, gathered, folded)
-    h = torch.addcmul(bias_attention, nn.functional.layer_norm(h, (width,), eps=_EPS), gain_attention)
-    inner = torch.baddbmm(widen_bias, h, widen).relu_()
-    h = torch.baddbmm(narrow_bias, inner, narrow).add_(h)
-    return torch.addcmul(bias, nn.functional.layer_norm(h, (width,), eps=_EPS), gain)
+_TYPICAL_ROWS = 704  # a hint for the layout; any number of rows works
 
 
-def _pack_layer(layers: tuple[nn.Module, nn.Module]) -> tuple[Tensor, ...]:
-    first, second = layers
-    assert isinstance(first, EncoderLayer)  # for the type checker: a ModuleList forgets what it holds
-    assert isinstance(second, EncoderLayer)
-    both = (first, second)
-    return (
-        torch.stack([layer.attention.folded() for layer in both]).detach(),
-        *_pack_norm([layer.norm_attention for layer in both]),
-        *_pack_linear([layer.widen for layer in both]),
-        *_pack_linear([layer.narrow for layer in both]),
-        *_pack_norm([layer.norm_feed_forward for layer in both]),
-    )
+def _onednn_available() -> bool:
+    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
-def _pack_linear(layers: list[nn.Linear]) -> tuple[Tensor, Tensor]:
-    weight = torch.stack([layer.weight.detach().T for layer in layers]).contiguous()
-    return weight, torch.stack([layer.bias.detach() for layer in layers])[:, None]
+class _PackedLayer:
+    """The encoder layer on rows h, given the attention's gathered rows (sum_j w_ij^h h_j)_h."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        assert isinstance(layer, EncoderLayer)  # for the type checker: a ModuleList forgets what it holds
+        self._attention = PackedLinear(layer.attention.folded().T, None)
+        self._widen = PackedLinear(layer.widen.weight, layer.widen.bias)
+        self._narrow = PackedLinear(layer.narrow.weight, layer.narrow.bias)
+        self._norms = [
+            (norm.normalized_shape, norm.weight.detach().clone(), norm.bias.detach().clone(), norm.eps)
+            for norm in (layer.norm_attention, layer.norm_feed_forward)
+        ]
+
+    def __call__(self, h: Tensor, gathered: Tensor) -> Tensor:
+        h = nn.functional.layer_norm(self._attention(gathered).add_(h), *self._norms[0])
+        inner = self._widen(h, relu=True)
+        return nn.functional.layer_norm(self._narrow(inner).add_(h), *self._norms[1])
 
 
-def _pack_norm(layers: list[nn.LayerNorm]) -> tuple[Tensor, Tensor]:
-    gain, bias = (torch.stack([getattr(layer, name).detach() for layer in layers])[:, None] for name in ("weight", "bias"))
-    return gain, bias
+def _pack_perceptron(layers: nn.Sequential) -> tuple[PackedLinear, PackedLinear]:
+    first, last = layers[0], layers[2]
+    assert isinstance(first, nn.Linear)
+    assert isinstance(last, nn.Linear)
+    return PackedLinear(first.weight, first.bias), PackedLinear(last.weight, last.bias)
 
 
-def _pack_perceptron(both: list[nn.Sequential]) -> tuple[Tensor, ...]:
-    first = [layers[0] for layers in both]
-    last = [layers[2] for layers in both]
-    return (*_pack_linear(first), *_pack_linear(last))  # type: ignore[arg-type]
-
-
-def _apply_perceptron(packed: tuple[Tensor, ...], x: Tensor) -> Tensor:
-    first, first_bias, last, last_bias = packed
-    return torch.baddbmm(last_bias, nn.functional.silu(torch.baddbmm(first_bias, x, first), inplace=True), last)
+def _apply_perceptron(layers: tuple[PackedLinear, PackedLinear], x: Tensor) -> Tensor:
+    first, last = layers
+    return last(nn.functional.silu(first(x), inplace=True))
