@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -209,25 +210,39 @@ def test_sampling_with_padding_scores_what_it_draws():
     torch.testing.assert_close(flow.log_prob(y, v, condition), log_q)
 
 
-def test_many_proposals_from_one_x_are_scored_as_single_ones():
-    proposal = bound(make())
+@pytest.mark.parametrize("rows", [1024, 40, 15])  # all chains in one block, one chain a block, a chain in several blocks
+def test_many_proposals_from_one_x_are_scored_as_single_ones(rows, monkeypatch):
+    monkeypatch.setattr(cartesian, "BLOCK_ROWS", rows)
+    proposal = Recording(**fields(bound(make())))
     x = State(positions=random_inputs(2)[0])
+    proposal.drawn.clear()
     y, forward, backward = proposal.propose_many(x, 7, torch.Generator().manual_seed(5))
     assert y.positions.shape == (14, ATOMS, 3)
-    assert forward.shape == backward.shape == (14,)
     assert len(torch.unique(y.positions[:, 0, 0])) == 14
-    # repeat the draws of the first x: y, v_y, then v_x
-    generator = torch.Generator().manual_seed(5)
-    first = x.positions[:1]
-    condition = proposal.flow.condition(first, proposal.elements)
-    y_1, v_y, log_q = proposal.flow.sample(condition, generator, count=7)
-    v_x = torch.randn(v_y.shape, generator=generator, dtype=v_y.dtype)
-    torch.testing.assert_close(y.positions[:7], y_1)
-    torch.testing.assert_close(forward[:7], log_q - log_normal(v_y))
-    for row in range(7):
-        here = State(positions=y_1[row : row + 1])
-        back = proposal.log_prob(State(positions=first, velocities=v_x[row : row + 1]), here)
+    v_y, v_x = (torch.cat(values) for values in zip(*proposal.drawn, strict=True))
+    assert len(torch.unique(v_y[:, 0, 0])) == len(torch.unique(v_x[:, 0, 0])) == 14
+    for row in range(14):
+        here, there = State(positions=x.positions[row // 7 :][:1]), State(positions=y.positions[row : row + 1])
+        ahead = proposal.log_prob(State(positions=there.positions, velocities=v_y[row : row + 1]), here)
+        back = proposal.log_prob(State(positions=here.positions, velocities=v_x[row : row + 1]), there)
+        torch.testing.assert_close(forward[row : row + 1], ahead - log_normal(v_y[row : row + 1]))
         torch.testing.assert_close(backward[row : row + 1], back - log_normal(v_x[row : row + 1]))
+
+
+class Recording(CartesianProposal):
+    """Keeps the auxiliaries that it drew, of y and of x."""
+
+    drawn: ClassVar[list] = []
+
+    def _sample(self, x, generator, *, count=1):
+        found = super()._sample(x, generator, count=count)
+        self.drawn.append([found[1]])
+        return found
+
+    def _log_prob(self, y, v, x):
+        if len(self.drawn[-1:]) and len(self.drawn[-1]) == 1:
+            self.drawn[-1].append(v)
+        return super()._log_prob(y, v, x)
 
 
 def test_unknown_elements_and_missing_auxiliaries_are_one_clear_line():
@@ -297,7 +312,7 @@ def fields(proposal):
 class NoAuxiliaryTerm(CartesianProposal):
     """log N(v_x) - log N(v_y) left out of the ratio."""
 
-    def _propose(self, x, generator, *, count):
+    def _propose(self, x, generator, *, count=1):
         y, v_y, forward = self._sample(x, generator)
         v_x = torch.randn(v_y.shape, generator=generator, dtype=v_y.dtype)
         return y, forward, self._log_prob(x, v_x, y)
@@ -306,7 +321,7 @@ class NoAuxiliaryTerm(CartesianProposal):
 class FrozenAuxiliary(CartesianProposal):
     """The same v_x for every proposal instead of a fresh one."""
 
-    def _propose(self, x, generator, *, count):
+    def _propose(self, x, generator, *, count=1):
         y, v_y, forward = self._sample(x, generator)
         v_x = torch.zeros_like(v_y)
         return y, forward - log_normal(v_y), self._log_prob(x, v_x, y) - log_normal(v_x)
@@ -315,7 +330,7 @@ class FrozenAuxiliary(CartesianProposal):
 class WrongDirection(CartesianProposal):
     """log q(y, v_x | x) in place of log q(x, v_x | y)."""
 
-    def _propose(self, x, generator, *, count):
+    def _propose(self, x, generator, *, count=1):
         y, v_y, forward = self._sample(x, generator)
         v_x = torch.randn(v_y.shape, generator=generator, dtype=v_y.dtype)
         return y, forward - log_normal(v_y), self._log_prob(y, v_x, x) - log_normal(v_x)
@@ -333,7 +348,7 @@ def test_a_broken_ratio_is_detected(wrong, chains):
 class SometimesNaN(CartesianProposal):
     """Every third draw is not a number."""
 
-    def _propose(self, x, generator, *, count):
+    def _propose(self, x, generator, *, count=1):
         y, forward, backward = super()._propose(x, generator, count=count)
         bad = torch.arange(len(y)) % 3 == 0
         return torch.where(bad[:, None, None], torch.nan, y), torch.where(bad, torch.nan, forward), backward

@@ -159,7 +159,7 @@ class Condition:
     """Everything that depends on x alone, computed once and shared by all layers and all proposals from x.
 
     Attributes:
-        x: [batch, atom, 3] nm as given; batch may be 1 and serve many proposals.
+        x: [batch, atom, 3] nm as given.
         context: [batch, atom, embedding + 6] element embedding, centred x, zeros.
         weights: [batch, atom * head, atom] attention weights.
         mask: [batch, atom] bool, true for real atoms; None where there is no padding.
@@ -169,6 +169,15 @@ class Condition:
     context: Tensor
     weights: Tensor
     mask: Tensor | None
+
+    def repeated(self, count: int) -> Condition:
+        """Return each entry `count` times, one after the other."""
+        if count == 1:
+            return self
+        x, context, weights = (value.repeat_interleave(count, 0) for value in (self.x, self.context, self.weights))
+        return Condition(
+            x=x, context=context, weights=weights, mask=None if self.mask is None else self.mask.repeat_interleave(count, 0)
+        )
 
 
 class Coupling(nn.Module):
@@ -205,8 +214,7 @@ def to_data(networks: Sequence[Networks], z_d: Tensor, z_v: Tensor, condition: C
 
 
 def _coefficients(network: Networks, kept: Tensor, condition: Condition) -> tuple[Tensor, Tensor]:
-    context = condition.context.expand(len(kept), -1, -1)
-    log_s, t = network(torch.cat([context, kept], -1), condition.weights)
+    log_s, t = network(torch.cat([condition.context, kept], -1), condition.weights)
     if condition.mask is None:
         return log_s, t
     # padded atoms stay at zero and add nothing to the log-determinant
@@ -277,7 +285,7 @@ class CartesianFlow(nn.Module):
         Args:
             y: [batch, atom, 3] nm.
             v: auxiliaries [batch, atom, 3].
-            condition: from `condition`, of as many x or of one.
+            condition: from `condition`.
             networks: from `pack`; None for the differentiable ones.
         """
         dtype = self.embedding.weight.dtype
@@ -293,7 +301,6 @@ class CartesianFlow(nn.Module):
         condition: Condition,
         generator: torch.Generator,
         *,
-        count: int | None = None,
         networks: Sequence[Networks] | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Draw y, v and return them with log q(y, v | x), [batch] float64.
@@ -301,10 +308,9 @@ class CartesianFlow(nn.Module):
         Args:
             condition: from `condition`.
             generator: source of randomness.
-            count: proposals, where the condition holds one x that all of them share; None for one per x.
             networks: from `pack`; None for the differentiable ones.
         """
-        shape = (count or len(condition.x), *condition.x.shape[1:])
+        shape = condition.x.shape
         dtype, device = self.embedding.weight.dtype, self.embedding.weight.device
         # drawn where the generator lives, so that a stream gives the same proposals on every device
         z_d, z_v = (torch.randn(shape, generator=generator, dtype=dtype, device=generator.device).to(device) for _ in range(2))
@@ -382,7 +388,7 @@ class CartesianProposal:
         Returns:
             y without auxiliaries, log q(y, v_y | x) - log N(v_y) and log q(x, v_x | y) - log N(v_x), [chain] float64.
         """
-        parts = [self._propose(block, generator, count=None) for block in self._blocks(x.positions)]
+        parts = [self._propose(block, generator) for block in self._blocks(x.positions)]
         y, forward, backward = (torch.cat(values) for values in zip(*parts, strict=True))
         return State(positions=y), forward, backward
 
@@ -394,10 +400,11 @@ class CartesianProposal:
             y of chain * count configurations, chain by chain, and the two terms of `propose`.
         """
         limit = self._block_size()
-        parts = []
-        for here in x.positions.split(1):
+        if count <= limit:
+            parts = [self._propose(block, generator, count=count) for block in x.positions.split(max(1, limit // count))]
+        else:
             sizes = [min(limit, count - start) for start in range(0, count, limit)]
-            parts += [self._propose(here, generator, count=size) for size in sizes]
+            parts = [self._propose(here, generator, count=size) for here in x.positions.split(1) for size in sizes]
         y, forward, backward = (torch.cat(values) for values in zip(*parts, strict=True))
         return State(positions=y), forward, backward
 
@@ -405,21 +412,20 @@ class CartesianProposal:
         """Return whether chains may start at x, [batch] bool: everywhere, as the density covers all of space."""
         return torch.ones(len(x.positions), dtype=torch.bool, device=x.positions.device)
 
-    def _propose(self, x: Tensor, generator: torch.Generator, *, count: int | None) -> tuple[Tensor, Tensor, Tensor]:
+    def _propose(self, x: Tensor, generator: torch.Generator, *, count: int = 1) -> tuple[Tensor, Tensor, Tensor]:
         y, v_y, log_forward = self._sample(x, generator, count=count)
         # v_x matters only here: the forward density does not see it
         v_x = torch.randn(v_y.shape, generator=generator, dtype=v_y.dtype, device=generator.device).to(v_y.device)
-        log_backward = self._log_prob(x, v_x, y)
+        log_backward = self._log_prob(x.repeat_interleave(count, 0), v_x, y)
         return y, log_forward - log_normal(v_y), log_backward - log_normal(v_x)
 
     @torch.no_grad()
-    def _sample(self, x: Tensor, generator: torch.Generator, *, count: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        device = self.elements.device
-        condition = self.flow.condition(x.to(device), self.elements)
-        y, v, log_q = (
-            value.to(x.device) for value in self.flow.sample(condition, generator, count=count, networks=self.networks)
-        )
-        return y, v, torch.where(self._same_hand(x, y), log_q, torch.nan)
+    def _sample(self, x: Tensor, generator: torch.Generator, *, count: int = 1) -> tuple[Tensor, Tensor, Tensor]:
+        """Draw `count` proposals from each x, x by x."""
+        condition = self.flow.condition(x.to(self.elements.device), self.elements)
+        drawn = self.flow.sample(condition.repeated(count), generator, networks=self.networks)
+        y, v, log_q = (value.to(x.device) for value in drawn)
+        return y, v, torch.where(self._same_hand(x.repeat_interleave(count, 0), y), log_q, torch.nan)
 
     def _log_prob(self, y: Tensor, v: Tensor, x: Tensor) -> Tensor:
         device = self.elements.device

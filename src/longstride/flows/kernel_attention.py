@@ -176,6 +176,7 @@ class PackedLinear:
             self._weight = weight.T.contiguous()
 
     def __call__(self, x: Tensor, *, relu: bool = False) -> Tensor:
+        """Map rows [row, n_in] to [row, n_out], with relu on top where asked for."""
         if self._blocked:
             activation = "relu" if relu else "none"
             return torch.ops.mkldnn._linear_pointwise(x, self._weight, self._bias, activation, [], "")

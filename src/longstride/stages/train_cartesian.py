@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -104,9 +105,10 @@ def acceptance(flow: CartesianFlow, potential: Potential, x: torch.Tensor, *, kT
     here = State(positions=x.double())
     y, forward, backward = flow.bind(potential.system).propose(here, torch.Generator().manual_seed(seed))
     log_r = log_ratio(log_density(here), log_density(y), backward, forward)
-    usual = log_r[log_r.isfinite() & (log_r >= log_r.quantile(0.05))]  # clashes make the tail arbitrarily long
+    finite = log_r[log_r.isfinite()]
     name = flow.architecture.labels[0].replace(" ", "_")
-    spread = usual.std().item() if len(usual) > 1 else 0.0
+    # clashes make the tail arbitrarily long; NaN where hardly any proposal has a finite ratio
+    spread = finite[finite >= finite.quantile(0.05)].std().item() if len(finite) > 2 else math.nan
     return {f"acceptance_{name}": log_r.clamp(max=0).exp().mean().item(), f"log_r_sd_{name}": spread}
 
 
@@ -141,7 +143,7 @@ def _write(trainer: ModuleState, section: FlowConfig, molecule: Prepared, *, sou
         "steps": trainer.step,
         "stopped_by_time": trainer.step < section.max_steps,
         "train_wall_s": trainer.wall_s,
-        "final": {key: value for key, value in last.items() if key not in ("step", "wall_s")},
+        "final": {key: value if math.isfinite(value) else None for key, value in last.items() if key not in ("step", "wall_s")},
         "provenance": provenance(),
     }
     write_manifest(out, kind="flow", files=["model.safetensors", "metrics.csv"], content=content)
