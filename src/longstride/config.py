@@ -114,6 +114,14 @@ class CartesianConfig(Section):
     centre_step_nm: float = Field(
         0.1, ge=0, description="width of the random step that training gives the centre of mass, per axis"
     )
+    acceptance_weight: float = Field(
+        0.0, ge=0, lt=1, description="share of the acceptance loss, as published 0.1; the likelihood's is the rest"
+    )
+    entropy_weight: float = Field(0.1, ge=0, description="weight of the entropy of the proposals within the acceptance loss")
+    acceptance_batch: int = Field(16, ge=1, description="proposals per step of the acceptance loss")
+    acceptance_from_step: int = Field(
+        0, ge=0, description="step at which the acceptance loss sets in, after the likelihood alone"
+    )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where it is trained; auto: a GPU where there is one")
 
 

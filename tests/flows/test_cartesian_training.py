@@ -12,11 +12,20 @@ from longstride.data.atomic import read_arrays, write_arrays
 from longstride.data.checkpoint import open_state
 from longstride.data.manifest import read_manifest, write_manifest
 from longstride.errors import DataError, LongstrideError, NumericsError
-from longstride.flows.cartesian import CartesianArchitecture, CartesianFlow
+from longstride.flows.cartesian import CartesianArchitecture, CartesianFlow, log_normal
 from longstride.stages import flow as stage
 from longstride.stages import train_cartesian
 from longstride.stages.sample_flow import run_explore, run_timewarp
-from longstride.training.cartesian import MoleculePairs, draw_batch, nll_per_atom, random_rotations, train, validation_nll
+from longstride.state import State
+from longstride.training.cartesian import (
+    AcceptanceLoss,
+    MoleculePairs,
+    draw_batch,
+    nll_per_atom,
+    random_rotations,
+    train,
+    validation_nll,
+)
 from longstride.training.module_state import ModuleState
 
 TINY = CartesianArchitecture(
@@ -130,6 +139,75 @@ def test_molecules_of_different_sizes_share_a_batch():
     condition = flow.condition(batch.x[small, :3], batch.elements[small, :3])
     alone = -flow.log_prob(batch.y[small, :3], batch.v[small, :3], condition) / 3
     torch.testing.assert_close(together[small], alone, rtol=1e-5, atol=1e-5)
+
+
+class Triangle:
+    """U = sum over pairs of (d - d0)^2 / 2 w^2 in kT: what it says of a configuration does not depend on its frame."""
+
+    name, system = "triangle", None
+
+    def energy(self, x):
+        here = x.positions.double()
+        d = torch.stack([(here[:, i] - here[:, j]).norm(dim=-1) for i, j in ((0, 1), (0, 2), (1, 2))])
+        return ((d - 0.3) / 0.02).square().sum(0) / 2
+
+
+def triangles(count, *, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    shape = torch.tensor([[0.0, 0.0, 0.0], [0.3, 0.0, 0.0], [0.15, 0.26, 0.0]])
+    x, y = (shape + 0.012 * torch.randn(count, 3, 3, generator=generator) for _ in range(2))
+    x, y = (value - value.mean(1, keepdim=True) for value in (x, y))
+    return MoleculePairs(x=x, y=y, elements=torch.tensor([0, 1, 2]))
+
+
+def log_ratios(flow, pairs):
+    """Return log r of one proposal from each randomly turned x."""
+    generator = torch.Generator().manual_seed(11)
+    x = pairs.x @ random_rotations(len(pairs), generator).mT
+    with torch.no_grad():
+        y, v_y, forward = flow.sample(flow.condition(x, pairs.elements), generator)
+        v_x = torch.randn(x.shape, generator=generator)
+        backward = flow.log_prob(x, v_x, flow.condition(y, pairs.elements)) + log_normal(v_y) - log_normal(v_x)
+        at_x, at_y = (-Triangle().energy(State(positions=value)) for value in (x, y))
+    return at_y - at_x + backward - forward
+
+
+def test_the_acceptance_loss_raises_acceptance():
+    pairs = triangles(500)
+    loss = AcceptanceLoss(potential=Triangle(), kT=1.0, size=32, entropy_weight=0.1)
+    sizes = {"batch_size": 32, "learning_rate": 1e-2, "centre_step_nm": 0.02, "acceptance_from_step": 30}
+    found = {}
+    for share in (0.0, 0.9):
+        settings = section(max_steps=90, cartesian={**sizes, "acceptance_weight": share})
+        state = fresh(settings)
+        train(state, [pairs], settings, acceptance_loss=loss if share else None)
+        found[share] = log_ratios(state.module, pairs).clamp(max=0).exp().mean().item()
+    assert found[0.9] > 1.2 * found[0.0]
+    assert found[0.9] > 0.1
+
+
+def test_the_acceptance_loss_is_clamped_on_the_right_side():
+    pairs = triangles(200)
+    flow = fresh(section()).module
+
+    class Downhill(Triangle):
+        """Every y is far better than x: all proposals are accepted."""
+
+        calls = 0
+
+        def energy(self, x):
+            self.calls += 1
+            return super().energy(x) * 0.0 + (0.0 if self.calls % 2 == 0 else 1e6)
+
+    def gradient(potential):
+        flow.zero_grad()
+        AcceptanceLoss(potential=potential, kT=1.0, size=16, entropy_weight=0.0)(
+            flow, pairs, torch.Generator().manual_seed(0)
+        ).backward()
+        return max(value.grad.abs().max().item() for value in flow.parameters() if value.grad is not None)
+
+    assert gradient(Downhill()) == 0.0
+    assert gradient(Triangle()) > 0.0
 
 
 class Dying(ModuleState):

@@ -25,7 +25,7 @@ from longstride.provenance import provenance
 from longstride.seeds import job_seed
 from longstride.state import State
 from longstride.systems import load_prepared
-from longstride.training.cartesian import MoleculePairs, train, validation_nll
+from longstride.training.cartesian import AcceptanceLoss, MoleculePairs, train, validation_nll
 from longstride.training.module_state import ModuleState
 from longstride.units import thermal_energy
 
@@ -72,9 +72,19 @@ def run(section: FlowConfig, *, prepared: Path, shards: Path, out: Path, state: 
     )
     key = fingerprint(section.model_dump(), molecule.system_hash, source["files"], seed, code_version("train_cartesian"))
     with open_state(state, key) as folder:
-        train(trainer, [pairs], section, evaluate=evaluate, folder=folder)
+        train(trainer, [pairs], section, acceptance_loss=_fine_tuning(settings, molecule, kT), evaluate=evaluate, folder=folder)
         _write(trainer, section, molecule, source=source, out=out)
         folder.clear()
+
+
+def _fine_tuning(settings: CartesianConfig, molecule: Prepared, kT: float) -> AcceptanceLoss | None:
+    if settings.acceptance_weight == 0:
+        return None
+    device = training_device(settings)
+    potential = AmberPotential.from_openmm(
+        molecule.openmm_system, molecule.system, name=molecule.target, dtype=torch.float32, device=device
+    )
+    return AcceptanceLoss(potential=potential, kT=kT, size=settings.acceptance_batch, entropy_weight=settings.entropy_weight)
 
 
 def training_device(settings: CartesianConfig) -> torch.device:

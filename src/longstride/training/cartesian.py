@@ -1,12 +1,18 @@
-"""Likelihood training of the Cartesian flow on lagged pairs, one molecule or several of different sizes in a batch.
+"""Training of the Cartesian flow on lagged pairs, one molecule or several of different sizes in a batch.
 
-    loss = -E[log q(y, v | x) / n_atoms],   v ~ N(0, 1) drawn anew for every pair at every step
+    loss = (1 - a) L_lik + a (L_acc + b L_ent)
+    L_lik = -E_pairs[log q(y, v | x)] / n_atoms,             v ~ N(0, 1) drawn anew for every pair at every step
+    L_acc = -E_{y, v_y ~ q(. | x)}[min(0, log r)] / n_atoms,   r the Metropolis-Hastings ratio with a fresh v_x
+    L_ent = +E_{y, v_y ~ q(. | x)}[log q(y, v_y | x)] / n_atoms
 
-Each pair is drawn in a random direction of time, which the dynamics' reversibility in positions permits, and turned by a random
-rotation of its own, the same for x and y (the networks are not equivariant). Absolute translations need no augmentation: the
-density does not see them. The relative one is replaced: y is moved so that its centre of mass meets that of x, which removes
-the free diffusion or the freezing of the centre in the dynamics, and then gets a Gaussian step of `centre_step_nm`
-(see `longstride.flows.cartesian`).
+L_acc and L_ent are the published fine-tuning (arXiv:2302.01170, with a = b = 0.1): acceptance alone would shrink the steps
+to nothing, which the entropy prevents. Proposals that are accepted anyway (r > 1) have no gradient in L_acc.
+
+Each pair is drawn in a random direction of time, which the dynamics' reversibility in positions permits, and turned by a
+random rotation of its own, the same for x and y (the networks are not equivariant). Absolute translations need no
+augmentation: the density does not see them. The relative one is replaced: y is moved so that its centre of mass meets that of
+x, which removes the free diffusion or the freezing of the centre in the dynamics, and then gets a Gaussian step of
+`centre_step_nm` (see `longstride.flows.cartesian`).
 """
 
 from __future__ import annotations
@@ -20,8 +26,9 @@ import torch
 from torch import Tensor
 
 from longstride.errors import DataError
-from longstride.flows.cartesian import CartesianFlow, element_indices
+from longstride.flows.cartesian import CartesianFlow, element_indices, log_normal
 from longstride.progress import Progress
+from longstride.state import State
 from longstride.training.flow import learning_rate
 
 if TYPE_CHECKING:
@@ -29,11 +36,13 @@ if TYPE_CHECKING:
 
     from longstride.config import CartesianConfig, FlowConfig
     from longstride.data.checkpoint import StateFolder
+    from longstride.potentials.base import Potential
     from longstride.state import System
     from longstride.training.module_state import ModuleState
 
 _MAX_GRADIENT = 100.0
 _EVALUATED_AT_ONCE = 256
+_SHORT_KEPT = 100.0  # nats that log r may fall short of 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,11 +154,55 @@ def nll_per_atom(flow: CartesianFlow, batch: PaddedPairs) -> Tensor:
     return -flow.log_prob(batch.y, batch.v, condition) / n_atoms
 
 
+@dataclass(frozen=True, kw_only=True)
+class AcceptanceLoss:
+    """L_acc + b L_ent of one molecule.
+
+    Attributes:
+        potential: the target, differentiable through `energy`.
+        kT: thermal energy, kJ/mol.
+        size: proposals per step.
+        entropy_weight: b.
+    """
+
+    potential: Potential
+    kT: float
+    size: int
+    entropy_weight: float
+
+    def __call__(self, flow: CartesianFlow, pairs: MoleculePairs, generator: torch.Generator) -> Tensor:
+        """Return the loss, from one proposal for each of `size` random x of the molecule, randomly turned."""
+        device = flow.embedding.weight.device
+        row = torch.randint(len(pairs), (self.size,), generator=generator)
+        x = (pairs.x[row] @ random_rotations(self.size, generator).mT).to(device)
+        v_x = torch.randn(x.shape, generator=generator).to(device)
+        elements = pairs.elements.to(device)
+        y, v_y, forward = flow.sample(flow.condition(x, elements), generator)
+        backward = flow.log_prob(x, v_x, flow.condition(y, elements))
+        at_x, at_y = self._reduced(x), self._reduced(y)
+        log_r = at_y - at_x + log_normal(v_y) - log_normal(v_x) + backward - forward
+        usable = log_r.isfinite()
+        # beyond this the loss grows only logarithmically, so that a clash does not outweigh everything else
+        short = (-log_r).clamp(min=0)
+        softened = torch.where(short < _SHORT_KEPT, short, _SHORT_KEPT + torch.log1p((short - _SHORT_KEPT).clamp(min=0)))
+        acceptance = torch.where(usable, softened, 0.0).sum() / usable.sum().clamp(min=1)
+        return (acceptance + self.entropy_weight * forward.mean()) / x.shape[1]
+
+    def _reduced(self, positions: Tensor) -> Tensor:
+        """Return -U/kT, [batch]."""
+        if positions.requires_grad:
+            # a masked loss sends back zero times the force, which is NaN where atoms overlap
+            positions = positions.clone()
+            positions.register_hook(lambda gradient: gradient.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0))
+        return -self.potential.energy(State(positions=positions)).double() / self.kT
+
+
 def train(
     state: ModuleState,
     molecules: Sequence[MoleculePairs],
     section: FlowConfig,
     *,
+    acceptance_loss: AcceptanceLoss | None = None,
     evaluate: Callable[[CartesianFlow], dict[str, float]] | None = None,
     folder: StateFolder | None = None,
 ) -> None:
@@ -159,6 +212,7 @@ def train(
         state: where training stands; continues from the newest checkpoint in `folder`.
         molecules: training pairs.
         section: `section.cartesian` holds the settings of this flow, the rest is shared with the internal one.
+        acceptance_loss: the fine-tuning terms, of the first molecule; None trains on the likelihood alone.
         evaluate: metrics of the flow with averaged weights, called every `section.metrics_every_steps`.
         folder: where checkpoints go.
 
@@ -177,15 +231,19 @@ def train(
         batch = draw_batch(
             molecules, settings.batch_size, centre_step_nm=settings.centre_step_nm, generator=state.generator
         ).to(device)
-        loss = nll_per_atom(flow, batch).mean()
+        likelihood = nll_per_atom(flow, batch).mean()
+        loss = likelihood
+        if acceptance_loss is not None and state.step >= settings.acceptance_from_step:
+            share = settings.acceptance_weight
+            loss = (1 - share) * likelihood + share * acceptance_loss(flow, molecules[0], state.generator)
         state.update(loss, rate=_rate(state.step, section, settings), decay=section.ema_decay, max_gradient=_MAX_GRADIENT)
         state.wall_s = time.monotonic() - begin
         done = state.step >= section.max_steps or state.wall_s > section.max_seconds
         if evaluate is not None and (done or state.step % section.metrics_every_steps == 0):
-            _record(state, evaluate, loss.item())
+            _record(state, evaluate, likelihood.item())
         if folder is not None and not done and state.step % section.checkpoint_every_steps == 0:
             state.save(folder)
-        progress.update(state.step, f"loss {loss.item():.3f} nat per atom")
+        progress.update(state.step, f"loss {likelihood.item():.3f} nat per atom")
     state.wall_s = time.monotonic() - begin
     state.adopt_average()
 
