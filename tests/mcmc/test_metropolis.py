@@ -1,4 +1,3 @@
-import numpy as np
 import pytest
 import torch
 
@@ -103,44 +102,6 @@ def test_drawn_transitions_follow_the_enumerated_matrix(batch):
     assert ((counts / trials - matrix).abs() < 5 * error + 1e-9).all()
 
 
-def occupation(batch, *, shared):
-    """Return the exact long-run distribution of x when B proposals stop at the first acceptance.
-
-    The state is (x, v), v an auxiliary variable with its own target weights. `shared`: one v for the whole batch, as
-    described for a published implementation; otherwise a fresh v per proposal.
-    """
-    rng = np.random.default_rng(7)
-    target, weights = np.array([0.5, 0.3, 0.2]), np.array([0.2, 0.3, 0.5])
-    joint = target[:, None] * weights
-    propose = rng.dirichlet(np.full(9, 0.6), size=3).reshape(3, 3, 3)  # q(y, w | x): depends on x alone
-    accept = np.zeros((3, 3, 3, 3))  # [x, v, y, w]
-    for x, v, y, w in np.ndindex(3, 3, 3, 3):
-        accept[x, v, y, w] = min(1.0, joint[y, w] * propose[y, x, v] / (joint[x, v] * propose[x, y, w]))
-    moved = np.einsum("xyw,xvyw->xvy", propose, accept)  # probability of accepting y from (x, v)
-    if not shared:
-        moved = np.repeat(np.einsum("v,xvy->xy", weights, moved)[:, None], 3, axis=1)
-    reject = 1 - moved.sum(-1)
-    ends = np.einsum("v,xvy->xy", weights, moved / (1 - reject)[..., None] * (1 - reject**batch)[..., None])
-    step = ends + np.diag(1 - ends.sum(1))
-    values, vectors = np.linalg.eig(step.T)
-    start = np.real(vectors[:, np.argmax(np.real(values))])
-    start /= start.sum()
-    repeats = sum(np.einsum("v,xv->x", weights, reject**count) for count in range(1, batch + 1))
-    visits = start * repeats + start @ ends
-    return visits / visits.sum(), target
-
-
-@pytest.mark.parametrize("batch", [1, 2, 10, 60])
-def test_fresh_auxiliary_variables_are_exact_and_shared_ones_are_not(batch):
-    fresh, target = occupation(batch, shared=False)
-    assert np.abs(fresh - target).max() < 1e-12
-    shared, _ = occupation(batch, shared=True)
-    if batch == 1:
-        assert np.abs(shared - target).max() < 1e-12
-    else:
-        assert np.abs(shared - target).max() > 1e-3
-
-
 class Drift:
     """y = x/2 + 1 + 1.2 noise: far from symmetric, so that the Hastings factor matters."""
 
@@ -233,7 +194,7 @@ def test_mixtures_and_cycles_keep_the_target_and_declare_the_weakest_invariance(
         chains, seen, counts = start_chains(log_target, at(start)), set(), torch.zeros(4, dtype=torch.float64)
         for _ in range(20):
             chains, info = kernel(chains, generator)
-            seen.add(info.label)
+            seen.update(part.label for part in info.parts or (info,))
         counts = torch.bincount(site(chains.state), minlength=4) / 4000
         assert ((counts - TARGET).abs() < 5 * (TARGET * (1 - TARGET) / 4000).sqrt()).all()
         assert seen == set(kernel.labels)

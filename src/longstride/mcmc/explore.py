@@ -26,7 +26,8 @@ def filtered(log_density: LogDensity, proposal: Proposal, *, max_drop: float, la
     def step(chains: ChainState, generator: torch.Generator) -> tuple[ChainState, Info]:
         y, log_q = proposal.sample(chains.state, generator)
         at_y = log_density(y)
-        change = torch.where(log_q.isfinite(), at_y - chains.log_density, torch.nan)
+        change = at_y - chains.log_density
+        change = torch.where(log_q.isfinite() & change.isfinite(), change, torch.nan)  # NaN is refused by the comparison
         accepted = change > -max_drop
         moved = select(accepted, ChainState(state=y, log_density=at_y), chains)
         return moved, Info(accepted=accepted, log_alpha=change, label=label, energy_calls=len(at_y))

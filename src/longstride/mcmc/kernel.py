@@ -38,10 +38,13 @@ class ChainState:
     Attributes:
         state: positions [chain, atom, 3] nm.
         log_density: [chain] float64, log of the target density at `state` up to one constant; never recomputed.
+        velocities: [chain, atom, 3] nm/ps, Maxwell-Boltzmann and independent of the positions; None until a kernel that
+            moves by dynamics has drawn them. Kernels that move positions alone hand them on.
     """
 
     state: State
     log_density: Tensor
+    velocities: Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,16 +52,23 @@ class Info:
     """What one step did.
 
     Attributes:
-        accepted: [chain] bool.
-        log_alpha: [chain] float64, log acceptance ratio before min(0, .); NaN or -inf where the proposal was invalid.
+        accepted: [chain] how many of the step's proposals were accepted (bool where there is one).
+        log_alpha: [chain] float64, log acceptance ratio of the last proposal before min(0, .); NaN or -inf where it was
+            invalid.
         label: name of the kernel that moved.
         energy_calls: target energies evaluated.
+        force_calls: target energies with forces evaluated.
+        proposals: proposals per chain that the step stands for.
+        parts: what each kernel of a cycle did; empty elsewhere.
     """
 
     accepted: Tensor
     log_alpha: Tensor
     label: str
     energy_calls: int
+    force_calls: int = 0
+    proposals: int = 1
+    parts: tuple[Info, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +78,7 @@ class Kernel:
     Attributes:
         step: (ChainState, generator) -> (ChainState, Info).
         invariance: what the kernel leaves invariant.
-        labels: every label its Info may carry.
+        labels: every label its Info, or the parts of its Info, may carry.
     """
 
     step: Callable[[ChainState, torch.Generator], tuple[ChainState, Info]]
@@ -111,8 +121,8 @@ def mixture(kernels: Sequence[Kernel], probabilities: Sequence[float]) -> Kernel
 def cycle(*kernels: Kernel) -> Kernel:
     """Return the kernel that applies `kernels` in turn; one step is one pass.
 
-    Info is that of the pass as a whole: a chain counts as accepted where any kernel moved it, log_alpha is the last.
-    The pass leaves the target invariant where each kernel does, but is not reversible.
+    Info is that of the pass as a whole: a chain counts as accepted where any kernel moved it, log_alpha is the last; its
+    parts are those of the kernels. The pass leaves the target invariant where each kernel does, but is not reversible.
     """
 
     def step(chains: ChainState, generator: torch.Generator) -> tuple[ChainState, Info]:
@@ -120,8 +130,14 @@ def cycle(*kernels: Kernel) -> Kernel:
         for kernel in kernels:
             chains, info = kernel(chains, generator)
             infos.append(info)
-        accepted = torch.stack([info.accepted for info in infos]).any(0)
-        calls = sum(info.energy_calls for info in infos)
-        return chains, Info(accepted=accepted, log_alpha=infos[-1].log_alpha, label="cycle", energy_calls=calls)
+        whole = Info(
+            accepted=torch.stack([info.accepted > 0 for info in infos]).any(0),
+            log_alpha=infos[-1].log_alpha,
+            label="cycle",
+            energy_calls=sum(info.energy_calls for info in infos),
+            force_calls=sum(info.force_calls for info in infos),
+            parts=tuple(part for info in infos for part in (info.parts or (info,))),
+        )
+        return chains, whole
 
-    return Kernel(step=step, invariance=_weakest(kernels), labels=("cycle",))
+    return Kernel(step=step, invariance=_weakest(kernels), labels=_labels(kernels))

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from longstride.potentials.base import Potential
 
     Propose = Callable[[State, torch.Generator], tuple[State, Tensor, Tensor]]
+    Decide = Callable[[Tensor, torch.Generator], Tensor]
 
 
 class Proposal(Protocol):
@@ -57,10 +58,10 @@ def start_chains(log_density: LogDensity, state: State) -> ChainState:
 
 
 def select(accepted: Tensor, proposed: ChainState, current: ChainState) -> ChainState:
-    """Return `proposed` where accepted and `current`, repeated, elsewhere."""
+    """Return `proposed` where accepted and `current`, repeated, elsewhere; the velocities are those of `current`."""
     positions = torch.where(accepted[:, None, None], proposed.state.positions, current.state.positions)
     log_density = torch.where(accepted, proposed.log_density, current.log_density)
-    return ChainState(state=State(positions=positions), log_density=log_density)
+    return ChainState(state=State(positions=positions), log_density=log_density, velocities=current.velocities)
 
 
 def log_ratio(at_x: Tensor, at_y: Tensor, log_backward: Tensor, log_forward: Tensor) -> Tensor:
@@ -84,7 +85,12 @@ def draw_and_score(proposal: Proposal) -> Propose:
 
 
 def metropolis(
-    log_density: LogDensity, proposal: Proposal, *, label: str = "metropolis", propose: Propose | None = None
+    log_density: LogDensity,
+    proposal: Proposal,
+    *,
+    label: str = "metropolis",
+    propose: Propose | None = None,
+    decide: Decide | None = None,
 ) -> Kernel:
     """Return the Metropolis-Hastings kernel; exact for the distribution of `log_density`.
 
@@ -99,21 +105,35 @@ def metropolis(
         label: name in `Info`.
         propose: draws y and returns both log-densities, where the proposal can do so for less than `sample` and
             `log_prob` one after the other.
+        decide: turns log acceptance ratios into decisions; by default `accept`, with a fresh uniform for each.
     """
-    draw = propose or draw_and_score(proposal)
+    return hastings(log_density, propose or draw_and_score(proposal), label=label, decide=decide)
+
+
+def hastings(log_density: LogDensity, propose: Propose, *, label: str, decide: Decide | None = None) -> Kernel:
+    """Return the same kernel from a function that draws y and returns two terms with log q(x | y) - log q(y | x) between them.
+
+    Args:
+        log_density: log pi up to a constant.
+        propose: (x, generator) -> y, log q(y | x), log q(x | y); both terms may lack the same function of (x, y).
+        label: name in `Info`.
+        decide: as in `metropolis`.
+    """
+    choose = decide or accept
 
     def step(chains: ChainState, generator: torch.Generator) -> tuple[ChainState, Info]:
-        y, log_forward, log_backward = draw(chains.state, generator)
+        y, log_forward, log_backward = propose(chains.state, generator)
         at_y = log_density(y)
         log_alpha = log_ratio(chains.log_density, at_y, log_backward, log_forward)
-        accepted = _accept(log_alpha, generator)
+        accepted = choose(log_alpha, generator)
         moved = select(accepted, ChainState(state=y, log_density=at_y), chains)
         return moved, Info(accepted=accepted, log_alpha=log_alpha, label=label, energy_calls=len(at_y))
 
     return Kernel(step=step, invariance="exact", labels=(label,))
 
 
-def _accept(log_alpha: Tensor, generator: torch.Generator) -> Tensor:
+def accept(log_alpha: Tensor, generator: torch.Generator) -> Tensor:
+    """Return decisions of the shape of `log_alpha`: True with probability min(1, exp(log_alpha)), independently."""
     uniform = torch.rand(log_alpha.shape, generator=generator, dtype=torch.float64, device=log_alpha.device)
     return uniform.log() < log_alpha
 

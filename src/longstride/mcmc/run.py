@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from longstride.mcmc.kernel import ChainState, Kernel
+from longstride.mcmc.kernel import ChainState, Info, Kernel
 from longstride.progress import Progress
 from longstride.state import State
 
@@ -47,6 +47,7 @@ class Tally:
         proposed: proposals per label, in production.
         accepted: accepted proposals per label, in production.
         energy_calls: target energies, burn-in included.
+        force_calls: target energies with forces, burn-in included.
         sampling_s: wall time of production.
         burn_in_s: wall time of burn-in.
         blocks: blocks of saved states written.
@@ -55,13 +56,22 @@ class Tally:
     proposed: dict[str, int] = field(default_factory=dict)
     accepted: dict[str, int] = field(default_factory=dict)
     energy_calls: int = 0
+    force_calls: int = 0
     sampling_s: float = 0.0
     burn_in_s: float = 0.0
     blocks: int = 0
 
-    def acceptance(self, label: str | None = None) -> float | None:
-        """Return the accepted fraction of one label, or of all; None without proposals."""
-        labels = list(self.proposed) if label is None else [label]
+    def count(self, info: Info, *, production: bool) -> None:
+        """Add one step; the kernels of a cycle count one by one."""
+        self.energy_calls += info.energy_calls
+        self.force_calls += info.force_calls
+        for part in (info.parts or (info,)) if production else ():
+            self.proposed[part.label] = self.proposed.get(part.label, 0) + part.proposals * len(part.accepted)
+            self.accepted[part.label] = self.accepted.get(part.label, 0) + int(part.accepted.sum())
+
+    def acceptance(self, *labels: str) -> float | None:
+        """Return the accepted fraction over the proposals of these labels, or of all; None without proposals."""
+        labels = labels or tuple(self.proposed)
         proposed = sum(self.proposed.get(name, 0) for name in labels)
         return sum(self.accepted.get(name, 0) for name in labels) / proposed if proposed else None
 
@@ -73,7 +83,8 @@ class Saved:
     Attributes:
         positions: [saved, chain, atom, 3] float32 nm.
         log_density: [saved, chain] float64.
-        acceptance: [saved, chain] float64, accepted fraction since the last saved state.
+        acceptance: [saved, chain] float64, accepted fraction since the last saved state; of a cycle the fraction of passes
+            that moved the chain.
     """
 
     positions: np.ndarray
@@ -84,15 +95,20 @@ class Saved:
 @dataclass(kw_only=True)
 class _Buffer:
     accepted: torch.Tensor  # [chain] accepted since the last saved state
+    proposals: int = 0  # per chain, since the last saved state
     positions: list[np.ndarray] = field(default_factory=list)
     log_density: list[np.ndarray] = field(default_factory=list)
     acceptance: list[np.ndarray] = field(default_factory=list)
 
-    def save(self, chains: ChainState, every: int) -> None:
+    def count(self, info: Info) -> None:
+        self.accepted = self.accepted + info.accepted.cpu()
+        self.proposals += info.proposals
+
+    def save(self, chains: ChainState) -> None:
         self.positions.append(chains.state.positions.cpu().numpy().astype(np.float32))
         self.log_density.append(chains.log_density.cpu().numpy())
-        self.acceptance.append(self.accepted.cpu().numpy() / every)
-        self.accepted = torch.zeros_like(self.accepted)
+        self.acceptance.append(self.accepted.cpu().numpy() / self.proposals)
+        self.accepted, self.proposals = torch.zeros_like(self.accepted), 0
 
     def arrays(self) -> dict[str, np.ndarray]:
         return {key: np.stack(getattr(self, key)) for key in ("positions", "log_density", "acceptance")}
@@ -120,13 +136,11 @@ def run(
     begin = time.monotonic()
     for step in range(first + 1, schedule.total + 1):
         chains, info = kernel(chains, generator)
-        tally.energy_calls += info.energy_calls
+        tally.count(info, production=step > schedule.burn_in)
         if step > schedule.burn_in:
-            buffer.accepted = buffer.accepted + info.accepted.cpu()
-            tally.proposed[info.label] = tally.proposed.get(info.label, 0) + len(info.accepted)
-            tally.accepted[info.label] = tally.accepted.get(info.label, 0) + int(info.accepted.sum())
+            buffer.count(info)
             if (step - schedule.burn_in) % schedule.save_every == 0:
-                buffer.save(chains, schedule.save_every)
+                buffer.save(chains)
         if step == schedule.burn_in or step % schedule.checkpoint_every == 0 or step == schedule.total:
             begin = _lap(tally, begin, production=step > schedule.burn_in)
             buffer = _checkpoint(folder, step, chains, generator, tally=tally, buffer=buffer)
@@ -160,10 +174,13 @@ def _checkpoint(
         "positions": chains.state.positions.cpu().numpy(),
         "log_density": chains.log_density.cpu().numpy(),
         "accepted": buffer.accepted.cpu().numpy(),
+        "proposals": np.array(buffer.proposals),
         "generator": generator.get_state().numpy(),
     }
+    if chains.velocities is not None:
+        arrays["velocities"] = chains.velocities.cpu().numpy()
     folder.save(step, arrays, vars(tally))
-    return _Buffer(accepted=buffer.accepted)
+    return _Buffer(accepted=buffer.accepted, proposals=buffer.proposals)
 
 
 def _restore(
@@ -171,11 +188,12 @@ def _restore(
 ) -> tuple[ChainState, Tally, _Buffer, int]:
     generator.set_state(torch.from_numpy(arrays["generator"].copy()))
     device = like.log_density.device
+    found = {name: torch.from_numpy(value.copy()).to(device) for name, value in arrays.items() if name != "generator"}
     chains = ChainState(
-        state=State(positions=torch.from_numpy(arrays["positions"].copy()).to(device)),
-        log_density=torch.from_numpy(arrays["log_density"].copy()).to(device),
+        state=State(positions=found["positions"]), log_density=found["log_density"], velocities=found.get("velocities")
     )
-    return chains, Tally(**meta), _Buffer(accepted=torch.from_numpy(arrays["accepted"].copy())), step
+    buffer = _Buffer(accepted=found["accepted"].cpu(), proposals=int(found["proposals"]))
+    return chains, Tally(**meta), buffer, step
 
 
 def _collect(folder: StateFolder, tally: Tally) -> Saved:
