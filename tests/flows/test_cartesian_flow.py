@@ -169,11 +169,12 @@ def padded(sizes, *, fill):
 
 
 @pytest.mark.parametrize("fill", [0.0, 1.0, math.nan, 1e30])
-def test_padding_changes_nothing(fill):
+@pytest.mark.parametrize("layout", ["plain", "packed"])
+def test_padding_changes_nothing(fill, layout):
     flow = make()
     sizes = (5, 3, 7)
     alone, (x, y, v, elements, mask) = padded(sizes, fill=fill)
-    batched = flow.log_prob(y, v, flow.condition(x, elements, mask))
+    batched = flow.log_prob(y, v, flow.condition(x, elements, mask), flow.pack() if layout == "packed" else None)
     for row, (x_i, y_i, v_i, elements_i) in enumerate(alone):
         single = flow.log_prob(y_i[None], v_i[None], flow.condition(x_i[None], elements_i[None]))
         torch.testing.assert_close(batched[row], single[0])
