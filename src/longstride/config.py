@@ -114,6 +114,9 @@ class CartesianConfig(Section):
     centre_step_nm: float = Field(
         0.1, ge=0, description="width of the random step that training gives the centre of mass, per axis"
     )
+    turn_step_rad: float | None = Field(
+        None, gt=0, description="superpose y on x and turn it by this width, per axis; null keeps the tumbling, as published"
+    )
     acceptance_weight: float = Field(
         0.0, ge=0, lt=1, description="share of the acceptance loss, as published 0.1; the likelihood's is the rest"
     )

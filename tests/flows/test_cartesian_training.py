@@ -20,9 +20,12 @@ from longstride.state import State
 from longstride.training.cartesian import (
     AcceptanceLoss,
     MoleculePairs,
+    RelativeStep,
     draw_batch,
     nll_per_atom,
     random_rotations,
+    small_rotations,
+    superposed,
     train,
     validation_nll,
 )
@@ -68,9 +71,9 @@ def test_training_reaches_the_entropy_of_the_data_and_does_not_go_below():
     )
     train_pairs, held_out = noisy_pairs(count=2000), noisy_pairs(count=1000)
     state = fresh(settings)
-    before = validation_nll(state.module, held_out, centre_step_nm=step, seed=3)
+    before = validation_nll(state.module, held_out, step=RelativeStep(centre_nm=step), seed=3)
     train(state, [train_pairs], settings)
-    after = validation_nll(state.module, held_out, centre_step_nm=step, seed=3)
+    after = validation_nll(state.module, held_out, step=RelativeStep(centre_nm=step), seed=3)
     optimum = 3 * (math.log(2 * math.pi * math.e) + math.log(SPREAD))
     assert before > optimum + 3
     assert optimum - 0.1 < after < optimum + 0.15
@@ -79,8 +82,8 @@ def test_training_reaches_the_entropy_of_the_data_and_does_not_go_below():
 def test_without_a_step_of_the_centre_the_data_lie_on_a_sheet():
     pairs = noisy_pairs()
     generator = torch.Generator().manual_seed(0)
-    frozen = draw_batch([pairs], 200, centre_step_nm=0.0, generator=generator)
-    free = draw_batch([pairs], 200, centre_step_nm=0.1, generator=generator)
+    frozen = draw_batch([pairs], 200, step=RelativeStep(centre_nm=0.0), generator=generator)
+    free = draw_batch([pairs], 200, step=RelativeStep(centre_nm=0.1), generator=generator)
     widths = [(batch.y - batch.x).mean(1).std().item() for batch in (frozen, free)]
     assert widths[0] < 1e-7
     assert widths[1] == pytest.approx(0.1, rel=0.1)
@@ -106,7 +109,7 @@ def distances(x, y):
 
 def test_x_and_y_turn_together_each_pair_by_itself_and_in_both_directions_of_time():
     pairs = noisy_pairs(count=1)
-    batch = draw_batch([pairs], 64, centre_step_nm=0.0, generator=torch.Generator().manual_seed(0))
+    batch = draw_batch([pairs], 64, step=RelativeStep(centre_nm=0.0), generator=torch.Generator().manual_seed(0))
     here, back = distances(pairs.x, pairs.y), distances(pairs.y, pairs.x)
     found = distances(batch.x, batch.y)
     forward = (found - here).abs().amax((1, 2)) < 1e-5
@@ -117,6 +120,24 @@ def test_x_and_y_turn_together_each_pair_by_itself_and_in_both_directions_of_tim
     # the control: y turned on its own
     turned = distances(batch.x, batch.y @ random_rotations(64, torch.Generator().manual_seed(1)).mT)
     assert ((turned - here).abs().amax((1, 2)) > 1e-3).all()
+
+
+def test_superposed_pairs_turn_by_the_step_alone():
+    pairs = noisy_pairs(count=300)
+    weights = torch.full((ATOMS,), 1 / ATOMS, dtype=torch.float64)
+    x, y = pairs.x.double(), pairs.y.double()
+    tumbled = y @ random_rotations(300, torch.Generator().manual_seed(2)).double().mT
+    back = superposed(tumbled, x, weights)
+    # the best rotation does not depend on how y was turned before, and no nearby one is better
+    torch.testing.assert_close(back, superposed(y, x, weights))
+    assert torch.linalg.det(torch.linalg.lstsq(tumbled, back).solution).min() > 0.999
+    nudged = back @ small_rotations(300, 0.05, torch.Generator().manual_seed(3)).double().mT
+    assert ((nudged - x).square().sum((1, 2)) > (back - x).square().sum((1, 2))).all()
+    step = RelativeStep(centre_nm=0.0, turn_rad=0.1)
+    moved = step(back.float(), torch.Generator().manual_seed(4))
+    cosine = (torch.linalg.lstsq(back, moved.double()).solution.diagonal(dim1=1, dim2=2).sum(-1) - 1) / 2
+    angle = torch.arccos(cosine.clamp(max=1))
+    assert angle.square().mean().sqrt().item() == pytest.approx(0.1 * math.sqrt(3), rel=0.1)
 
 
 def test_random_rotations_are_proper_and_uniform():
@@ -131,7 +152,7 @@ def test_random_rotations_are_proper_and_uniform():
 
 def test_molecules_of_different_sizes_share_a_batch():
     molecules = [noisy_pairs(atoms) for atoms in (3, 6)]
-    batch = draw_batch(molecules, 40, centre_step_nm=0.1, generator=torch.Generator().manual_seed(0))
+    batch = draw_batch(molecules, 40, step=RelativeStep(centre_nm=0.1), generator=torch.Generator().manual_seed(0))
     assert set(batch.mask.sum(1).tolist()) == {3, 6}
     flow = fresh(section()).module
     together = nll_per_atom(flow, batch)

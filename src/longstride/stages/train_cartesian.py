@@ -25,7 +25,7 @@ from longstride.provenance import provenance
 from longstride.seeds import job_seed
 from longstride.state import State
 from longstride.systems import load_prepared
-from longstride.training.cartesian import AcceptanceLoss, MoleculePairs, train, validation_nll
+from longstride.training.cartesian import AcceptanceLoss, MoleculePairs, RelativeStep, train, validation_nll
 from longstride.training.module_state import ModuleState
 from longstride.units import thermal_energy
 
@@ -56,15 +56,20 @@ def run(section: FlowConfig, *, prepared: Path, shards: Path, out: Path, state: 
             f"{shards} holds {len(source['lags_ps'])} lags; the Cartesian flow knows one: give shard.lags_ps one value"
         )
     pairs, held_out = (
-        MoleculePairs.from_arrays(load_pairs(shards, split=split), molecule.system) for split in ("train", "validation")
+        MoleculePairs.from_arrays(
+            load_pairs(shards, split=split), molecule.system, superpose=settings.turn_step_rad is not None
+        )
+        for split in ("train", "validation")
     )
     held_out = _spread(held_out, HELD_OUT)
     flow = build_flow(settings, lag_ps=source["lags_ps"][0], seed=seed).to(training_device(settings))
     potential = AmberPotential.from_openmm(molecule.openmm_system, molecule.system, name=molecule.target)
     kT, draws = thermal_energy(source["temperature_K"]), job_seed(seed, "held-out")
 
+    step = RelativeStep(centre_nm=settings.centre_step_nm, turn_rad=settings.turn_step_rad)
+
     def evaluate(current: CartesianFlow) -> dict[str, float]:
-        nll = validation_nll(current, held_out, centre_step_nm=settings.centre_step_nm, seed=draws)
+        nll = validation_nll(current, held_out, step=step, seed=draws)
         return {"validation_nll_per_atom": nll, **acceptance(current, potential, held_out.x, kT=kT, seed=draws)}
 
     trainer = ModuleState.fresh(
@@ -149,6 +154,7 @@ def _write(trainer: ModuleState, section: FlowConfig, molecule: Prepared, *, sou
         "architecture": flow.architecture.to_meta(),
         "parameters": sum(value.numel() for value in flow.parameters()),
         "centre_step_nm": section.cartesian.centre_step_nm,
+        "turn_step_rad": section.cartesian.turn_step_rad,
         "device": str(flow.embedding.weight.device),
         "steps": trainer.step,
         "stopped_by_time": trainer.step < section.max_steps,

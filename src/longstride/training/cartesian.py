@@ -12,7 +12,10 @@ Each pair is drawn in a random direction of time, which the dynamics' reversibil
 random rotation of its own, the same for x and y (the networks are not equivariant). Absolute translations need no
 augmentation: the density does not see them. The relative one is replaced: y is moved so that its centre of mass meets that of
 x, which removes the free diffusion or the freezing of the centre in the dynamics, and then gets a Gaussian step of
-`centre_step_nm` (see `longstride.flows.cartesian`).
+`centre_step_nm` (see `longstride.flows.cartesian`). The relative orientation is that of the dynamics, as published, or, with
+`turn_step_rad`, is replaced in the same way: y is superposed on x and then turned about its centre by a Gaussian step. As the
+target does not depend on orientation either, the chain is exact in both cases; the second spares the flow to propose every
+orientation that tumbling reaches, each with bonds of the right length.
 """
 
 from __future__ import annotations
@@ -63,8 +66,13 @@ class MoleculePairs:
         return len(self.x)
 
     @classmethod
-    def from_arrays(cls, pairs: Mapping[str, np.ndarray], system: System) -> MoleculePairs:
+    def from_arrays(cls, pairs: Mapping[str, np.ndarray], system: System, *, superpose: bool = False) -> MoleculePairs:
         """Return the pairs x and y, [pair, atom, 3] nm, of a molecule.
+
+        Args:
+            pairs: x and y, [pair, atom, 3] nm.
+            system: the molecule.
+            superpose: turn each y onto its x.
 
         Raises:
             DataError: no pairs, other atoms, or an element that the flow does not know.
@@ -75,10 +83,28 @@ class MoleculePairs:
 
         def centred(end: np.ndarray) -> Tensor:
             value = end.astype(np.float64)
-            return torch.from_numpy(value - np.einsum("pax,a->px", value, share)[:, None]).float()
+            return torch.from_numpy(value - np.einsum("pax,a->px", value, share)[:, None])
 
         elements = element_indices(system.atomic_numbers, name=system.name)
-        return cls(x=centred(pairs["x"]), y=centred(pairs["y"]), elements=elements)
+        x, y = centred(pairs["x"]), centred(pairs["y"])
+        if superpose:
+            y = superposed(y, x, torch.from_numpy(share))
+        return cls(x=x.float(), y=y.float(), elements=elements)
+
+
+def superposed(y: Tensor, x: Tensor, weights: Tensor) -> Tensor:
+    """Return each y turned by the rotation that brings it closest to x (Kabsch, doi:10.1107/S0567739476001873).
+
+    Args:
+        y: [pair, atom, 3], centred.
+        x: [pair, atom, 3], centred.
+        weights: [atom] of the squared distances.
+    """
+    left, _, right = torch.linalg.svd(torch.einsum("pai,a,paj->pij", y, weights, x))
+    # the least important axis is flipped where the best orthogonal map would be a reflection
+    sign = torch.ones_like(y[:, 0])
+    sign[:, 2] = torch.linalg.det(left @ right).sign()
+    return y @ ((left * sign[:, None]) @ right)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,9 +142,34 @@ def random_rotations(count: int, generator: torch.Generator) -> Tensor:
     return torch.stack([torch.stack(row, -1) for row in rows], -2)
 
 
-def draw_batch(
-    molecules: Sequence[MoleculePairs], size: int, *, centre_step_nm: float, generator: torch.Generator
-) -> PaddedPairs:
+def small_rotations(count: int, width: float, generator: torch.Generator) -> Tensor:
+    """Return rotations [count, 3, 3] by normal rotation vectors of the given width per axis, radian."""
+    x, y, z = (width * torch.randn(count, 3, generator=generator)).unbind(-1)
+    zero = torch.zeros_like(x)
+    rows = ((zero, -z, y), (z, zero, -x), (-y, x, zero))
+    return torch.linalg.matrix_exp(torch.stack([torch.stack(row, -1) for row in rows], -2))
+
+
+@dataclass(frozen=True, kw_only=True)
+class RelativeStep:
+    """What training puts in place of the dynamics' relative motion as a whole.
+
+    Attributes:
+        centre_nm: width of the step of the centre of y, per axis.
+        turn_rad: width of the turn of y about its centre, per axis; None keeps the orientation of the data.
+    """
+
+    centre_nm: float
+    turn_rad: float | None = None
+
+    def __call__(self, y: Tensor, generator: torch.Generator) -> Tensor:
+        """Return y [batch, atom, 3], turned and moved."""
+        if self.turn_rad is not None:
+            y = y @ small_rotations(len(y), self.turn_rad, generator).mT
+        return y + self.centre_nm * torch.randn(len(y), 1, 3, generator=generator)
+
+
+def draw_batch(molecules: Sequence[MoleculePairs], size: int, *, step: RelativeStep, generator: torch.Generator) -> PaddedPairs:
     """Draw pairs with replacement, molecules with equal probability, and augment them as the module describes."""
     which = torch.randint(len(molecules), (size,), generator=generator)
     direction = torch.randint(2, (size,), generator=generator).tolist()
@@ -128,21 +179,19 @@ def draw_batch(
         row = int(torch.randint(len(pairs), (), generator=generator))
         ends = (pairs.x[row], pairs.y[row])
         chosen.append((*(ends[::-1] if reverse else ends), pairs.elements))
-    turn = random_rotations(size, generator)
-    step = centre_step_nm * torch.randn(size, 1, 3, generator=generator)
-    return _augmented(chosen, turn=turn, step=step, generator=generator)
+    return _augmented(chosen, turn=random_rotations(size, generator), step=step, generator=generator)
 
 
 def _augmented(
-    chosen: Sequence[tuple[Tensor, Tensor, Tensor]], *, turn: Tensor, step: Tensor, generator: torch.Generator
+    chosen: Sequence[tuple[Tensor, Tensor, Tensor]], *, turn: Tensor, step: RelativeStep, generator: torch.Generator
 ) -> PaddedPairs:
-    """Pad, turn x and y alike, move y by the step of the centre, and draw auxiliaries."""
+    """Pad, turn x and y alike, move y by a relative step, and draw auxiliaries."""
     pad = torch.nn.utils.rnn.pad_sequence
     x, y = (pad([entry[end] for entry in chosen], batch_first=True) @ turn.mT for end in (0, 1))
     elements = pad([entry[2] for entry in chosen], batch_first=True)
     sizes = torch.tensor([len(entry[2]) for entry in chosen])
     mask = torch.arange(x.shape[1]) < sizes[:, None]
-    y = torch.where(mask[..., None], y + step, 0.0)
+    y = torch.where(mask[..., None], step(y, generator), 0.0)
     v = torch.randn(x.shape, generator=generator)
     return PaddedPairs(x=x, y=y, v=v, elements=elements, mask=None if bool(mask.all()) else mask)
 
@@ -224,13 +273,12 @@ def train(
     if folder is not None:
         state.load(folder)
     device = flow.embedding.weight.device
+    step = RelativeStep(centre_nm=settings.centre_step_nm, turn_rad=settings.turn_step_rad)
     progress = Progress("flow", section.max_steps, "steps", start=state.step)
     begin = time.monotonic() - state.wall_s
     done = state.step >= section.max_steps
     while not done:
-        batch = draw_batch(
-            molecules, settings.batch_size, centre_step_nm=settings.centre_step_nm, generator=state.generator
-        ).to(device)
+        batch = draw_batch(molecules, settings.batch_size, step=step, generator=state.generator).to(device)
         likelihood = nll_per_atom(flow, batch).mean()
         loss = likelihood
         if acceptance_loss is not None and state.step >= settings.acceptance_from_step:
@@ -260,14 +308,13 @@ def _record(state: ModuleState, evaluate: Callable[[CartesianFlow], dict[str, fl
 
 
 @torch.no_grad()
-def validation_nll(flow: CartesianFlow, pairs: MoleculePairs, *, centre_step_nm: float, seed: int) -> float:
-    """Return the mean -log q / n_atoms over the pairs of one molecule, with auxiliaries and centres drawn from `seed`."""
+def validation_nll(flow: CartesianFlow, pairs: MoleculePairs, *, step: RelativeStep, seed: int) -> float:
+    """Return the mean -log q / n_atoms over the pairs of one molecule; auxiliaries and relative steps come from `seed`."""
     generator = torch.Generator().manual_seed(seed)
     device = flow.embedding.weight.device
     total = 0.0
     for chunk in torch.arange(len(pairs)).split(_EVALUATED_AT_ONCE):
         entries = [(pairs.x[row], pairs.y[row], pairs.elements) for row in chunk.tolist()]
-        step = centre_step_nm * torch.randn(len(entries), 1, 3, generator=generator)
         turn = torch.eye(3).expand(len(entries), 3, 3)
         batch = _augmented(entries, turn=turn, step=step, generator=generator).to(device)
         total += nll_per_atom(flow, batch).sum().item()
