@@ -93,6 +93,14 @@ def test_imported_checkpoints_serve_any_peptide_of_the_same_force_field(publishe
     assert (found - inputs["log_likelihood"]).abs().max() < 1e-3
 
 
+def test_help_says_where_the_published_files_are(capsys):
+    with pytest.raises(SystemExit):
+        main(["import-timewarp", "--help"])
+    text = "".join(capsys.readouterr().out.split())
+    assert "https://huggingface.co/datasets/microsoft/timewarp" in text
+    assert "2aa_best_model.pt" in text
+
+
 def named_like_published(architecture):
     """Return a state dict with the names and shapes of the published layout."""
     flow = CartesianFlow(architecture)

@@ -164,7 +164,7 @@ def read_published(path: Path) -> CartesianFlow:
     for name, value in arrays.items():
         ours = our_name(name)
         if ours is not None:
-            named[ours] = torch.from_numpy(value.astype(np.float32))
+            named[ours] = torch.from_numpy(value.astype(np.float32, copy=False))
         elif not name.endswith(_LENGTHSCALES):
             raise DataError(
                 f"{path}: the tensor {name} belongs to no kernel-attention Timewarp model; only those are supported"
