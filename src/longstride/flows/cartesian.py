@@ -12,12 +12,12 @@ element, the centred x, three zeros (the published layout keeps a slot for veloc
 Only elements distinguish atoms, so relabelling atoms relabels proposals. Positions in nm; S_d, S_v are two learned scalars.
 
 Centre of mass. x is centred by its plain mean before a network sees it and d is added to the x that was given, so that
-q(y + a | x + a) = q(y | x) for every translation a. The density lives on all of R^{3N}, the centre of y included. Molecular
-dynamics freezes the mass-weighted centre, so its pairs lie on a sheet of 3N - 3 dimensions, where such a density would
-diverge and Metropolis-Hastings would pay for three nearly frozen directions. Training here therefore gives the centre of y a
-Gaussian step of known width (`flow.cartesian.centre_step_nm`), which makes the density proper. The target does not depend on
-the centre, so the chain is exact and its centre takes a random walk that no observable sees. Published weights were
-trained without such a step.
+q(y + a | x + a) = q(y | x) for every translation a. The density lives on all of R^{3N}, the centre of y included. In the
+published data the mass-weighted centre is frozen, so pairs lie on a sheet of 3N - 3 dimensions, where such a density would
+diverge and Metropolis-Hastings would pay for three nearly frozen directions; in dynamics that do not remove its motion it
+diffuses by nanometres. Training here therefore replaces the motion of the centre by a Gaussian step of known width
+(`flow.cartesian.centre_step_nm`), which makes the density proper. The target does not depend on the centre, so the chain is
+exact and its centre takes a random walk that no observable sees. Published weights were trained without such a step.
 
 Handedness. The flow could propose a mirror image of a chiral centre, which has the same energy but is another molecule. Such a
 draw is marked invalid (log q = NaN), so that the chain keeps the target restricted to the handedness that it started with.
