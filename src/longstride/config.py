@@ -162,6 +162,45 @@ class FlowConfig(Section):
     cartesian: CartesianConfig = CartesianConfig()
 
 
+class ChainsConfig(Section):
+    """Exact chains of peptides, the training data of the transferable flow."""
+
+    chains: int = Field(128, ge=2, description="chains advanced together")
+    steps: int = Field(2000, ge=1, description="proposals per chain that count")
+    burn_in: int = Field(800, ge=0, description="proposals per chain discarded before")
+    save_every: int = Field(20, ge=1, description="proposals between saved states")
+    flow_probability: float = Field(0.5, ge=0, le=1, description="share of flow proposals, where there is a flow")
+    compile_energy: bool | None = Field(
+        None, description="compile the target energy, several times faster after 10-60 s; null: where a C++ compiler is found"
+    )
+    checkpoint_every: int = Field(200, ge=1, description="proposals between checkpoints")
+    energies: Energies = Field("batched", description=ENERGIES)
+
+    @model_validator(mode="after")
+    def _whole_saves(self) -> Self:
+        _check_multiple(self.steps, self.save_every, "steps", "save_every")
+        return self
+
+
+class TransferConfig(Section):
+    """The transferable flow: one torsion network for every peptide."""
+
+    max_steps: int = Field(6000, ge=1, description="optimiser steps; the learning rate falls to zero at the last")
+    molecules_per_step: int = Field(4, ge=1, description="peptides in a batch")
+    samples_per_molecule: int = Field(64, ge=1, description="samples of each peptide in a batch")
+    learning_rate: float = Field(2e-3, gt=0, description="peak learning rate (AdamW, warm-up, cosine decay)")
+    warm_up_steps: int = Field(100, ge=0, description="steps over which the learning rate rises to its peak")
+    weight_decay: float = Field(0.01, ge=0, description="decoupled weight decay")
+    width: int = Field(64, ge=8, description="width of tokens and atom vectors")
+    heads: int = Field(4, ge=1, description="attention heads")
+    layers: int = Field(3, ge=1, description="causal layers over the torsions")
+    rounds: int = Field(4, ge=1, description="message rounds along the bonds")
+    components: int = Field(12, ge=1, description="wrapped-normal components per torsion")
+    ema_decay: float = Field(0.998, ge=0, lt=1, description="exponential moving average of the weights")
+    metrics_every_steps: int = Field(250, ge=1, description="optimiser steps between rows of metrics.csv")
+    checkpoint_every_steps: int = Field(250, ge=1, description="optimiser steps between checkpoints")
+
+
 class DistillConfig(Section):
     """The distilled student and the teacher that labels its frames."""
 
@@ -210,6 +249,7 @@ class FlowSampling(Section):
     )
     checkpoint_every: int = Field(200, ge=1, description="proposals between checkpoints")
     burn_in: int = Field(100, ge=0, description="proposals per chain discarded before the first saved one")
+    energies: Energies = Field("batched", description=ENERGIES)
 
     @model_validator(mode="after")
     def _whole_saves(self) -> Self:
@@ -219,6 +259,28 @@ class FlowSampling(Section):
 
 class TimewarpSampling(FlowSampling):
     """Method `timewarp`: exact Metropolis-Hastings with flow proposals on the AMBER target."""
+
+    speculative: int = Field(
+        1, ge=1, description="proposals drawn at once per chain: the same chain in distribution, faster where chains are few"
+    )
+    local_moves: Literal["none", "ghmc", "hmc", "langevin"] = Field(
+        "none",
+        description="dynamics after every flow proposal (or batch): ghmc and hmc are exact, langevin makes all unadjusted",
+    )
+    local_steps: int = Field(10, ge=1, description="integration steps of a local move")
+    local_timestep_fs: float = Field(1.0, gt=0, le=8, description="integration step of local moves")
+    local_friction_per_ps: float = Field(1.0, ge=0, description="Langevin friction of local moves (ghmc, langevin)")
+    local_hydrogen_mass_Da: float | None = Field(
+        3.024, ge=1, le=4, description="hydrogen mass in local moves (positions stay Boltzmann); null keeps 1.008"
+    )
+
+    @model_validator(mode="after")
+    def _whole_batches(self) -> TimewarpSampling:
+        for name in ("proposals", "save_every", "checkpoint_every", "burn_in"):
+            value = getattr(self, name)
+            if value:
+                _check_multiple(value, self.speculative, name, "speculative")
+        return self
 
 
 class ExploreSampling(FlowSampling):
@@ -343,6 +405,8 @@ class Config(Section):
     reference: ReferenceConfig = ReferenceConfig()
     shard: ShardConfig = ShardConfig()
     flow: FlowConfig = FlowConfig()
+    chains: ChainsConfig = ChainsConfig()
+    transfer: TransferConfig = TransferConfig()
     distill: DistillConfig = DistillConfig()
     sample: SampleConfig = SampleConfig()
     free_energy: FreeEnergyConfig = FreeEnergyConfig()
@@ -470,11 +534,11 @@ def stage_view(config: Config, stage: str, *, system: str | None = None, method:
     """
     full = config.model_dump(mode="json")
     view: dict[str, Any] = {}
-    if stage in ("reference", "flow", "distill", "sample", "free_energy", "compare"):
+    if stage in ("reference", "flow", "chains", "transfer", "distill", "sample", "free_energy", "compare"):
         view["seed"] = config.run.seed
     if system is not None:
         view["system"] = config.system(system).model_dump(mode="json")
-    if stage in ("prepare", "reference", "sample", "free_energy", "compare", "distill"):
+    if stage in ("prepare", "reference", "chains", "sample", "free_energy", "compare", "distill"):
         view["physics"] = full["physics"]
     if stage == "sample" and method is not None:
         view["sample"] = full["sample"][method]

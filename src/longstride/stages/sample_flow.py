@@ -6,31 +6,35 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from longstride.config import TimewarpSampling
 from longstride.data.atomic import write_arrays
 from longstride.data.checkpoint import fingerprint, open_state
 from longstride.data.frames import start_positions
 from longstride.data.manifest import read_manifest, write_manifest
+from longstride.dynamics.masses import repartitioned_masses
 from longstride.errors import DataError
 from longstride.fingerprints import code_version
 from longstride.flows.cartesian import CartesianFlow
 from longstride.flows.cartesian_checkpoint import is_cartesian, load_cartesian
 from longstride.flows.checkpoint import load_flow
 from longstride.mcmc.explore import explore, filtered
-from longstride.mcmc.metropolis import boltzmann, checked_starts, metropolis, start_chains
+from longstride.mcmc.kernel import cycle
+from longstride.mcmc.local import Dynamics, ghmc, hmc, langevin
+from longstride.mcmc.metropolis import boltzmann, checked_starts, start_chains
 from longstride.mcmc.run import Saved, Schedule, Tally, run
-from longstride.mcmc.timewarp import timewarp
-from longstride.potentials.amber import AmberPotential, compiler_available
+from longstride.mcmc.timewarp import flow_moves, timewarp
 from longstride.provenance import provenance
 from longstride.seeds import job_seed
+from longstride.stages.target import target_potential
 from longstride.state import State
 from longstride.systems import load_prepared
-from longstride.units import thermal_energy
+from longstride.units import FS_PS, thermal_energy
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from longstride.config import ExploreSampling, TimewarpSampling
+    from longstride.config import ExploreSampling
     from longstride.flows.internal import InternalFlow
 
     Flow = InternalFlow | CartesianFlow
@@ -39,18 +43,26 @@ if TYPE_CHECKING:
     from longstride.systems import Prepared
 
 THREADS = 1  # one core however many are granted, as in training; repeats (seeds) are what runs side by side
+LOCAL_LABELS = ("ghmc", "hmc", "langevin")
 
 
 def run_timewarp(
     section: TimewarpSampling, *, prepared: Path, flow: Path, reference: Path, out: Path, state: Path, seed: int, threads: int
 ) -> None:
-    """Write samples of the exact chain to `out`; starts are reference frames from all basins."""
+    """Write samples of the chain to `out`; starts are reference frames from all basins.
+
+    The chain is exact, unless its local moves are plain Langevin dynamics, which makes it unadjusted.
+    """
 
     def make(network: Flow, potential: Potential, kT: float) -> Kernel:
         if isinstance(network, CartesianFlow):
-            proposal, label = network.bind(potential.system), network.architecture.labels[0]
-            return metropolis(boltzmann(potential, kT), proposal, label=label, propose=proposal.propose)
-        return timewarp(network, potential, kT=kT, independent_probability=section.independent_probability)
+            proposals = {network.architecture.labels[0]: network.bind(potential.system)}
+            flow_kernel = flow_moves(boltzmann(potential, kT), proposals, (1.0,), batch=section.speculative)
+        else:
+            shares = section.independent_probability
+            flow_kernel = timewarp(network, potential, kT=kT, independent_probability=shares, batch=section.speculative)
+        local = local_moves(section, potential, kT=kT, contains=network.bind(potential.system).contains)
+        return flow_kernel if local is None else cycle(flow_kernel, local)
 
     folders = {"prepared": prepared, "flow": flow, "reference": reference, "out": out, "state": state}
     _sample("timewarp", section, make, folders=folders, seed=seed, threads=threads)
@@ -78,6 +90,33 @@ def run_explore(
     _sample("explore", section, make, folders=folders, seed=seed, threads=threads)
 
 
+def local_moves(
+    section: TimewarpSampling, potential: Potential, *, kT: float, contains: Callable[[State], torch.Tensor]
+) -> Kernel | None:
+    """Return the kernel of local dynamics that the section asks for, or None.
+
+    Args:
+        section: settings.
+        potential: the target.
+        kT: thermal energy, kJ/mol.
+        contains: the domain of the flow, outside which no chain may go.
+    """
+    if section.local_moves == "none":
+        return None
+    dynamics = Dynamics(
+        potential=potential,
+        kT=kT,
+        masses=torch.from_numpy(repartitioned_masses(potential.system, section.local_hydrogen_mass_Da)),
+        dt=section.local_timestep_fs * FS_PS,
+        steps=section.local_steps,
+        contains=contains,
+    )
+    if section.local_moves == "hmc":
+        return hmc(dynamics)
+    kind = ghmc if section.local_moves == "ghmc" else langevin
+    return kind(dynamics, friction=section.local_friction_per_ps)
+
+
 def _sample(
     method: str,
     section: TimewarpSampling | ExploreSampling,
@@ -96,21 +135,19 @@ def _sample(
         raise DataError(f"{folders['reference']} belongs to another molecule or force field than {folders['prepared']}")
     kT = thermal_energy(trained["temperature_K"])
     network = _load(folders["flow"] / "model.safetensors", molecule)
-    compiled = compiler_available() if section.compile_energy is None else section.compile_energy
-    potential = AmberPotential.from_openmm(
-        molecule.openmm_system, molecule.system, name=molecule.target, dtype=torch.float64, compile=compiled
-    )
+    potential = target_potential(molecule, section.energies, compile=section.compile_energy, key=f"sample.{method}.energies")
     starts = start_positions(folders["reference"], count=section.chains, seed=job_seed(seed, "starts"))
     x = State(positions=torch.from_numpy(starts))
     chains = start_chains(boltzmann(potential, kT), checked_starts(network.bind(molecule.system).contains, x))
     generator = torch.Generator().manual_seed(job_seed(seed, "chains"))
     inputs = (molecule.system_hash, trained["files"], source["files"])
     key = fingerprint(section.model_dump(), inputs, seed, code_version("sample_flow"))
+    at_once = section.speculative if isinstance(section, TimewarpSampling) else 1
     schedule = Schedule(
-        steps=section.proposals,
-        burn_in=section.burn_in,
-        save_every=section.save_every,
-        checkpoint_every=section.checkpoint_every,
+        steps=section.proposals // at_once,
+        burn_in=section.burn_in // at_once,
+        save_every=section.save_every // at_once,
+        checkpoint_every=section.checkpoint_every // at_once,
     )
     kernel = make(network, potential, kT)
     with open_state(folders["state"], key) as folder:
@@ -139,6 +176,10 @@ def _write(
 ) -> None:
     energy = -saved.log_density * thermal_energy(trained["temperature_K"])
     arrays = {"positions": saved.positions, "potential_energy": energy, "acceptance": saved.acceptance}
+    flow_labels = [name for name in tally.proposed if name not in LOCAL_LABELS]
+    counts = {"energy_calls": tally.energy_calls, "proposals": sum(tally.proposed[name] for name in flow_labels)}
+    if tally.force_calls:
+        counts["force_calls"] = tally.force_calls
     write_arrays(out / "samples.safetensors", arrays)
     content = {
         "system": molecule.system.name,
@@ -150,13 +191,14 @@ def _write(
         "seed": identity["seed"],
         "system_hash": molecule.system_hash,
         "temperature_K": trained["temperature_K"],
-        "counts": {"energy_calls": tally.energy_calls, "proposals": sum(tally.proposed.values())},
-        "acceptance": tally.acceptance(),
+        "energies": section.energies,
+        "counts": counts,
+        "acceptance": tally.acceptance(*flow_labels),
         "acceptance_by_label": {name: tally.acceptance(name) for name in tally.proposed},
         "timing": {"sampling_s": tally.sampling_s, "burn_in_s": tally.burn_in_s, "threads": identity["threads"]},
         "provenance": provenance(),
     }
     write_manifest(out, kind="samples", files=["samples.safetensors"], content=content)
-    rate = content["counts"]["proposals"] / max(tally.sampling_s, 1e-9)
+    rate = counts["proposals"] / max(tally.sampling_s, 1e-9)
     labels = ", ".join(f"{name} {value:.3f}" for name, value in content["acceptance_by_label"].items())
-    print(f"{identity['method']}: {rate:.0f} proposals/s, accepted {tally.acceptance():.3f} ({labels})")
+    print(f"{identity['method']}: {rate:.0f} proposals/s, accepted {content['acceptance']:.3f} ({labels})")
