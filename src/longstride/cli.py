@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import hashlib
 import os
 import sys
 from functools import partial
@@ -64,6 +65,7 @@ def build_parser() -> argparse.ArgumentParser:
     _folders(flow, "prepared", "shards", "out", "state")
     distill = _command(commands, "distill", _distill, "teacher labels -> 3.5 Å student potential", cfg.DistillConfig)
     _folders(distill, "prepared", "reference", "out", "state")
+    _add_transfer(commands)
     _add_sample(commands)
     umbrella = "independent free energy of phi: umbrella sampling and WHAM"
     free_energy = _command(commands, "free-energy", _free_energy, umbrella, cfg.FreeEnergyConfig)
@@ -123,6 +125,20 @@ def _folders(parser: argparse.ArgumentParser, *names: str) -> None:
     }
     for name in names:
         parser.add_argument(f"--{name}", required=name != "state", type=Path, metavar="DIR", help=meaning[name])
+
+
+def _add_transfer(commands: Any) -> None:  # noqa: ANN401 - argparse keeps its subparser type private
+    summary = "exact chains of a peptide, with a transferable flow or torsion moves alone"
+    chains = _command(commands, "chains", _chains, summary, cfg.ChainsConfig)
+    _folders(chains, "prepared", "out", "state")
+    chains.add_argument("--flow", type=Path, metavar="FILE", help="transferable flow (default: none, torsion moves alone)")
+    transfer = _command(
+        commands, "train-transfer", _train_transfer, "exact chains of many peptides -> transferable flow", cfg.TransferConfig
+    )
+    _folders(transfer, "out", "state")
+    pair = "prepare and chains folders, joined by a colon: PREPARED:CHAINS"
+    transfer.add_argument("--training", nargs="+", required=True, metavar="PAIR", help=f"training peptides: {pair}")
+    transfer.add_argument("--validation", nargs="*", default=[], metavar="PAIR", help="held-out peptides, likewise")
 
 
 def _add_sample(commands: Any) -> None:  # noqa: ANN401 - argparse keeps its subparser type private
@@ -304,6 +320,39 @@ def _distill(options: argparse.Namespace) -> None:
     make = partial(distill.run, config.distill, **job)
     view = cfg.stage_view(config, "distill", system=name)
     _once(options, module="distill", view=view, inputs=[options.prepared, options.reference], make=make)
+
+
+def _chains(options: argparse.Namespace) -> None:
+    from longstride.data.manifest import read_manifest
+    from longstride.stages import chains
+
+    config = _load(options, "chains")
+    name = read_manifest(options.prepared, kind="prepare")["system"]
+    job = {**_folders_of(options, "prepared"), "flow": options.flow, "threads": options.threads}
+    job["seed"] = _seed(config, "chains", name)
+    make = partial(chains.run_chains, config.chains, physics=config.physics, **job)
+    flow = None if options.flow is None else hashlib.sha256(options.flow.read_bytes()).hexdigest()
+    view = {**cfg.stage_view(config, "chains"), "flow": flow}
+    _once(options, module="chains", view=view, inputs=[options.prepared], make=make)
+
+
+def _train_transfer(options: argparse.Namespace) -> None:
+    from longstride.stages import train_transfer
+
+    config = _load(options, "transfer")
+    training, validation = ([_pair(text) for text in texts] for texts in (options.training, options.validation))
+    job = {"training": training, "validation": validation, **_folders_of(options), "threads": options.threads}
+    make = partial(train_transfer.run, config.transfer, **job, seed=_seed(config, "transfer"))
+    view = {**cfg.stage_view(config, "transfer"), "held_out": len(validation)}
+    folders = [folder for pair in (*training, *validation) for folder in pair]
+    _once(options, module="train_transfer", view=view, inputs=folders, make=make)
+
+
+def _pair(text: str) -> tuple[Path, Path]:
+    prepared, colon, chains = text.partition(":")
+    if not colon:
+        raise ConfigError(f"give PREPARED:CHAINS, not {text!r}")
+    return Path(prepared), Path(chains)
 
 
 def _sample(options: argparse.Namespace) -> None:

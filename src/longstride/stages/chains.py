@@ -1,0 +1,143 @@
+"""Stage `chains`: exact chains of one peptide with a transferable flow, or with torsion moves alone.
+
+They are equilibrium samples, and so the training data of the next transferable flow: the first round has no flow at all
+(torsion moves need none), each later one mixes the moves with proposals of the flow before it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from longstride.data.atomic import write_arrays
+from longstride.data.checkpoint import fingerprint, open_state
+from longstride.data.manifest import write_manifest
+from longstride.fingerprints import code_version
+from longstride.flows.transferable import BoundMolecule, TorsionMoves, bind
+from longstride.flows.transferable_checkpoint import Physics, load_transferable
+from longstride.mcmc.kernel import Kernel, mixture
+from longstride.mcmc.metropolis import boltzmann, hastings, metropolis, start_chains
+from longstride.mcmc.run import Saved, Schedule, Tally, run
+from longstride.provenance import provenance
+from longstride.seeds import job_seed
+from longstride.stages.target import target_potential
+from longstride.state import State
+from longstride.systems import load_prepared
+from longstride.units import thermal_energy
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from longstride.config import ChainsConfig, PhysicsConfig
+    from longstride.flows.torsion_network import TorsionNetwork
+    from longstride.systems import Prepared
+
+THREADS = 1  # peptides are what runs side by side
+MOVES = "torsion moves"
+
+
+def run_chains(
+    section: ChainsConfig,
+    *,
+    physics: PhysicsConfig,
+    prepared: Path,
+    flow: Path | None,
+    out: Path,
+    state: Path,
+    seed: int,
+    threads: int,
+) -> None:
+    """Write samples of exact chains to `out`; continue from `state` where an earlier attempt stopped.
+
+    Args:
+        section: lengths and probabilities.
+        physics: temperature; the force field is that of `prepared`.
+        prepared: folder of the prepare stage.
+        flow: transferable flow (safetensors), or None for torsion moves alone.
+        out: folder to write.
+        state: folder for checkpoints.
+        seed: of the job.
+        threads: cores granted.
+
+    Raises:
+        DataError: the flow was trained for another potential or temperature.
+        LongstrideError: the batched engine cannot evaluate the molecule.
+    """
+    torch.set_num_threads(min(threads, THREADS))
+    molecule = load_prepared(prepared)
+    kT = thermal_energy(physics.temperature_K)
+    network = None
+    if flow is not None:
+        network, trained_on = load_transferable(flow)
+        trained_on.check(Physics.of(molecule, physics.temperature_K), path=flow)
+    potential = target_potential(molecule, section.energies, compile=section.compile_energy, key="chains.energies")
+    bound = BoundMolecule.of(molecule, potential, kT=kT)
+    kernel = peptide_kernel(bound, network, flow_probability=section.flow_probability, kT=kT)
+    chosen = torch.randint(
+        len(bound.states), (section.chains,), generator=torch.Generator().manual_seed(job_seed(seed, "starts"))
+    )
+    chains = start_chains(boltzmann(potential, kT), State(positions=bound.states[chosen]))
+    identity = None if flow is None else fingerprint(flow.read_bytes().hex())
+    key = fingerprint(section.model_dump(), molecule.system_hash, physics.temperature_K, identity, seed, code_version("chains"))
+    schedule = Schedule(
+        steps=section.steps,
+        burn_in=section.burn_in,
+        save_every=section.save_every,
+        checkpoint_every=section.checkpoint_every,
+    )
+    with open_state(state, key) as folder:
+        generator = torch.Generator().manual_seed(job_seed(seed, "chains"))
+        saved, tally = run(
+            kernel, chains, schedule, generator=generator, folder=folder, label=f"chains of {molecule.system.name}"
+        )
+        content = {"temperature_K": physics.temperature_K, "flow": identity, "seed": seed, "save_every": section.save_every}
+        _write(out, saved, tally, molecule=molecule, kernel=kernel, content=content)
+        folder.clear()
+
+
+def peptide_kernel(molecule: BoundMolecule, network: TorsionNetwork | None, *, flow_probability: float, kT: float) -> Kernel:
+    """Return the mixture of torsion moves and of flow proposals, all labels alike; exact.
+
+    Args:
+        molecule: the molecule.
+        network: the torsion network, or None for torsion moves alone.
+        flow_probability: of all flow proposals together.
+        kT: thermal energy, kJ/mol.
+    """
+    log_density = boltzmann(molecule.gaussian.target.potential, kT)
+    moves = hastings(log_density, TorsionMoves(molecule=molecule).propose, label=MOVES)
+    if network is None:
+        return moves
+    kernels, labels = [moves], network.architecture.labels
+    for index, name in enumerate(labels):
+        proposal = bind(network, molecule, label=index)
+        kernels.append(metropolis(log_density, proposal, label=name, propose=proposal.propose))
+    share = flow_probability / len(labels)
+    return mixture(kernels, (1.0 - share * len(labels), *[share] * len(labels)))
+
+
+def _write(out: Path, saved: Saved, tally: Tally, *, molecule: Prepared, kernel: Kernel, content: dict[str, Any]) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    energy = -saved.log_density * thermal_energy(content["temperature_K"])
+    arrays = {"positions": saved.positions, "potential_energy": energy, "acceptance": saved.acceptance}
+    write_arrays(out / "samples.safetensors", arrays)
+    by_label = {name: tally.acceptance(name) for name in tally.proposed}
+    full = {
+        "system": molecule.system.name,
+        "method": "chains",
+        "target": molecule.target,
+        "invariance": kernel.invariance,
+        "physical_time": False,
+        "system_hash": molecule.system_hash,
+        "counts": {"energy_calls": tally.energy_calls, "proposals": sum(tally.proposed.values())},
+        "acceptance": tally.acceptance(),
+        "acceptance_by_label": by_label,
+        "timing": {"sampling_s": tally.sampling_s, "burn_in_s": tally.burn_in_s, "threads": THREADS},
+        "provenance": provenance(),
+        **content,
+    }
+    write_manifest(out, kind="samples", files=["samples.safetensors"], content=full)
+    rate = full["counts"]["proposals"] / max(tally.sampling_s, 1e-9)
+    labels = ", ".join(f"{name} {value:.3f}" for name, value in by_label.items())
+    print(f"chains of {molecule.system.name}: {rate:.0f} proposals/s, accepted {labels}")

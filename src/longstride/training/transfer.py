@@ -1,0 +1,136 @@
+"""Training of the torsion network on exact chains of many molecules.
+
+    loss = -mean over molecules and samples of log q(t | label) / n_torsions
+
+A batch holds the same number of samples from each of a few random molecules, so that small and large ones count alike. The
+samples of a molecule are positions of an exact chain at equilibrium; they train the independent label. Held-out molecules,
+whose sequences no step sees, give the validation loss.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from longstride.errors import DataError
+from longstride.flows.torsion_features import TorsionFeatures, torsion_features
+from longstride.flows.zmatrix import build_zmatrix
+from longstride.progress import Progress
+from longstride.training.flow import learning_rate
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    import numpy as np
+    from torch import Tensor
+
+    from longstride.config import TransferConfig
+    from longstride.data.checkpoint import StateFolder
+    from longstride.flows.torsion_network import TorsionNetwork
+    from longstride.systems import Prepared
+    from longstride.training.module_state import ModuleState
+
+_MAX_GRADIENT = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoleculeSamples:
+    """Equilibrium samples of one molecule.
+
+    Attributes:
+        name: of the molecule.
+        features: of its torsions, in the precision of the network.
+        torsions: [sample, torsion] radian float32.
+    """
+
+    name: str
+    features: TorsionFeatures
+    torsions: Tensor
+
+    @classmethod
+    def of(cls, prepared: Prepared, positions: np.ndarray, *, kT: float) -> MoleculeSamples:
+        """Return the samples of positions [sample, atom, 3] nm.
+
+        Raises:
+            DataError: no samples, or of another number of atoms.
+        """
+        system = prepared.system
+        if not len(positions) or positions.shape[1] != system.n_atoms:
+            raise DataError(f"no samples of {system.n_atoms} atoms for {system.name}; sample it again")
+        zmatrix = build_zmatrix(system)
+        internals = zmatrix.from_cartesian(torch.from_numpy(positions).double())
+        features = torsion_features(system, prepared.openmm_system, zmatrix, prepared.positions, kT)
+        torsions = internals.dihedrals[:, torch.from_numpy(zmatrix.free)].float()
+        return cls(name=system.name, features=features.to(torch.float32), torsions=torsions)
+
+
+def negative_log_likelihood(
+    network: TorsionNetwork, molecules: Sequence[MoleculeSamples], count: int, generator: torch.Generator
+) -> Tensor:
+    """Return -log q(t) / n_torsions of `count` random samples of each molecule, [molecule, count] nats per torsion."""
+    tokens = network.encode([molecule.features for molecule in molecules]).repeat(count)
+    longest = tokens.tokens.shape[1]
+    drawn = []
+    for molecule in molecules:
+        rows = torch.randint(len(molecule.torsions), (count,), generator=generator)
+        padding = (0, longest - molecule.torsions.shape[1])
+        drawn.append(torch.nn.functional.pad(molecule.torsions[rows], padding))
+    t = torch.cat(drawn)
+    independent = torch.full((len(t),), len(network.architecture.lags_ps))
+    log_q = network.log_prob(tokens, t, network.context(tokens, t, independent))
+    return -(log_q / tokens.present.sum(1)).view(len(molecules), count)
+
+
+@torch.no_grad()
+def validation_loss(
+    network: TorsionNetwork, molecules: Sequence[MoleculeSamples], *, count: int, seed: int
+) -> dict[str, float]:
+    """Return the loss of each molecule by name, from the same samples at every call."""
+    generator = torch.Generator().manual_seed(seed)
+    return {m.name: negative_log_likelihood(network, [m], count, generator).mean().item() for m in molecules}
+
+
+def train(
+    state: ModuleState,
+    molecules: Sequence[MoleculeSamples],
+    section: TransferConfig,
+    *,
+    evaluate: Callable[[TorsionNetwork], dict[str, float]] | None = None,
+    folder: StateFolder | None = None,
+) -> None:
+    """Train to `section.max_steps`, leaving the averaged weights in `state.module`.
+
+    Args:
+        state: where training stands; continues from the newest checkpoint in `folder`.
+        molecules: the training molecules.
+        section: sizes and rates.
+        evaluate: metrics of a network with averaged weights, called every `section.metrics_every_steps`.
+        folder: where checkpoints go.
+
+    Raises:
+        NumericsError: training diverged.
+    """
+    network: TorsionNetwork = state.module  # type: ignore[assignment]
+    if folder is not None:
+        state.load(folder)
+    progress = Progress("transferable flow", section.max_steps, "steps", start=state.step)
+    begin = time.monotonic() - state.wall_s
+    while state.step < section.max_steps:
+        rate = learning_rate(state.step, peak=section.learning_rate, warm_up=section.warm_up_steps, total=section.max_steps)
+        chosen = torch.randperm(len(molecules), generator=state.generator)[: section.molecules_per_step].tolist()
+        batch = [molecules[index] for index in chosen]
+        loss = negative_log_likelihood(network, batch, section.samples_per_molecule, state.generator).mean()
+        state.update(loss, rate=rate, decay=section.ema_decay, max_gradient=_MAX_GRADIENT)
+        state.wall_s = time.monotonic() - begin
+        last = state.step == section.max_steps
+        if evaluate is not None and (last or state.step % section.metrics_every_steps == 0):
+            with state.averaged():
+                row = {"step": float(state.step), "wall_s": state.wall_s, "train_nll_per_torsion": loss.item()}
+                state.rows.append(row | evaluate(network))
+        if folder is not None and not last and state.step % section.checkpoint_every_steps == 0:
+            state.save(folder)
+        progress.update(state.step, f"loss {loss.item():.3f} nat per torsion")
+    state.adopt_average()

@@ -1,0 +1,163 @@
+"""From exact chains of peptides to a transferable flow and to chains of a peptide that no step has seen."""
+
+import numpy as np
+import pytest
+import torch
+
+from longstride.config import ChainsConfig, PhysicsConfig, TransferConfig
+from longstride.data.atomic import read_arrays
+from longstride.data.manifest import read_manifest, write_manifest
+from longstride.errors import DataError
+from longstride.flows.torsion_network import log_uniform
+from longstride.flows.transferable_checkpoint import load_transferable
+from longstride.mcmc import run as chain_loop
+from longstride.stages import train_transfer
+from longstride.stages.chains import MOVES, run_chains
+from longstride.systems import prepare_sequence, save_prepared
+from molecules import PHYSICS
+
+CHAINS = ChainsConfig(chains=16, steps=24, burn_in=8, save_every=4, compile_energy=False, checkpoint_every=8)
+TRANSFER = TransferConfig(
+    max_steps=60, molecules_per_step=2, samples_per_molecule=32, width=16, heads=2, layers=1, rounds=1, components=4,
+    metrics_every_steps=20, checkpoint_every_steps=20, warm_up_steps=5, learning_rate=0.01, ema_decay=0.9,
+)  # fmt: skip
+PEPTIDES = ("ACE-GLY-NME", "GA", "AG")
+
+
+def make_chains(prepared, out, *, section=CHAINS, flow=None, physics=None, seed=1):
+    physics = physics or PhysicsConfig()
+    state = out.parent / f"{out.name}.state"
+    run_chains(section, physics=physics, prepared=prepared, flow=flow, out=out, state=state, seed=seed, threads=1)
+    return out
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    base = tmp_path_factory.mktemp("transfer")
+    for name in PEPTIDES:
+        save_prepared(base / name, prepare_sequence(name, name=name, **PHYSICS), {})
+    for name in PEPTIDES:
+        make_chains(base / name, base / f"chains-{name}")
+    return base
+
+
+def train(base, out, *, training=PEPTIDES[:2], validation=PEPTIDES[2:], section=TRANSFER):
+    pairs = [[(base / name, base / f"chains-{name}") for name in names] for names in (training, validation)]
+    return train_on(pairs[0], out, validation=pairs[1], section=section)
+
+
+def train_on(pairs, out, *, validation=(), section=TRANSFER):
+    train_transfer.run(section, training=pairs, validation=validation, out=out, state=out.parent / "state", seed=3, threads=1)
+    return out
+
+
+@pytest.fixture(scope="module")
+def trained(folders):
+    return train(folders, folders / "model")
+
+
+def test_chains_hold_exact_samples_at_a_thermal_energy(folders):
+    manifest = read_manifest(folders / "chains-AG", kind="samples")
+    assert manifest["invariance"] == "exact"
+    assert manifest["acceptance_by_label"][MOVES] > 0.15
+    samples = read_arrays(folders / "chains-AG" / "samples.safetensors")[0]
+    assert samples["positions"].shape == (6, 16, 20, 3)
+    assert np.isfinite(samples["potential_energy"]).all()
+
+
+def test_training_lowers_the_loss_of_a_held_out_peptide(trained):
+    network, physics = load_transferable(trained / "model.safetensors")
+    assert physics.target == "amber14-all-obc1"
+    assert physics.temperature_K == 310.0
+    found = read_manifest(trained, kind="transferable")["validation_nll_per_torsion"]
+    assert list(found) == ["AG"]
+    assert found["AG"] < -log_uniform(1) - 0.2
+    assert not any(value.requires_grad for value in network.parameters())
+
+
+def test_a_trained_flow_proposes_for_an_unseen_peptide(folders, trained):
+    section = CHAINS.model_copy(update={"flow_probability": 0.5, "steps": 40})
+    out = make_chains(folders / "AG", folders / "second", section=section, flow=trained / "model.safetensors")
+    rates = read_manifest(out, kind="samples")["acceptance_by_label"]
+    assert set(rates) == {MOVES, "independent"}
+    assert rates["independent"] > 0
+
+
+class Kill(Exception):
+    """Stands for kill -9."""
+
+
+def test_chains_continue_with_the_same_samples(folders, monkeypatch, tmp_path):
+    whole = read_arrays(folders / "chains-GA" / "samples.safetensors")[0]
+    save, count = chain_loop._checkpoint, [0]
+
+    def dying(*arguments, **options):
+        result = save(*arguments, **options)
+        count[0] += 1
+        if count[0] == 2:
+            raise Kill
+        return result
+
+    monkeypatch.setattr(chain_loop, "_checkpoint", dying)
+    with pytest.raises(Kill):
+        make_chains(folders / "GA", tmp_path / "chains")
+    assert not (tmp_path / "chains" / "manifest.json").exists()
+    make_chains(folders / "GA", tmp_path / "chains")
+    parts = read_arrays(tmp_path / "chains" / "samples.safetensors")[0]
+    for name, value in whole.items():
+        assert np.array_equal(value, parts[name]), name
+    other = make_chains(folders / "GA", tmp_path / "other", seed=2)  # negative control: another seed
+    assert not np.array_equal(whole["positions"], read_arrays(other / "samples.safetensors")[0]["positions"])
+
+
+def test_training_continues_with_the_same_weights(folders, trained, monkeypatch, tmp_path):
+    from longstride.training import module_state
+
+    save, count = module_state.ModuleState.save, [0]
+
+    def dying(self, folder):
+        save(self, folder)
+        count[0] += 1
+        if count[0] == 2:
+            raise Kill
+
+    monkeypatch.setattr(module_state.ModuleState, "save", dying)
+    with pytest.raises(Kill):
+        train(folders, tmp_path / "model")
+    train(folders, tmp_path / "model")
+    one, two = (read_arrays(folder / "model.safetensors")[0] for folder in (trained, tmp_path / "model"))
+    assert all(np.array_equal(value, two[name]) for name, value in one.items())
+
+
+def test_refusals_are_one_line(folders, trained, tmp_path):
+    model = trained / "model.safetensors"
+    with pytest.raises(DataError, match=r"temperature \(K\) of 310.0, not 320.0"):
+        make_chains(folders / "AG", tmp_path / "hot", flow=model, physics=PhysicsConfig(temperature_K=320.0))
+    without_cutoff = tmp_path / "AG-no-cutoff"
+    save_prepared(without_cutoff, prepare_sequence("AG", name="AG", **{**PHYSICS, "cutoff_nm": None}), {})
+    with pytest.raises(DataError, match=r"cutoff \(nm\) of 2.0, not None"):
+        make_chains(without_cutoff, tmp_path / "vacuum", flow=model)
+    with pytest.raises(DataError, match="not a transferable flow"):
+        make_chains(folders / "AG", tmp_path / "wrong", flow=folders / "chains-AG" / "samples.safetensors")
+    with pytest.raises(DataError, match="AG: both a training and a held-out peptide"):
+        train(folders, tmp_path / "model", training=("AG", "GA"), validation=("AG",))
+    with pytest.raises(DataError, match="belongs to another molecule"):
+        train_on([(folders / "AG", folders / "chains-GA")], tmp_path / "model")
+    with pytest.raises(DataError, match="no training peptides"):
+        train(folders, tmp_path / "model", training=())
+
+
+def test_samples_that_are_not_exact_are_refused(folders, tmp_path):
+    source = read_manifest(folders / "chains-AG", kind="samples")
+    (tmp_path / "samples.safetensors").write_bytes((folders / "chains-AG" / "samples.safetensors").read_bytes())
+    content = {key: source[key] for key in ("system_hash", "temperature_K", "method")}
+    write_manifest(tmp_path, kind="samples", files=["samples.safetensors"], content={**content, "invariance": "biased"})
+    with pytest.raises(DataError, match="holds biased samples"):
+        train_on([(folders / "AG", tmp_path)], tmp_path / "model")
+
+
+@pytest.fixture(autouse=True)
+def _threads():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
