@@ -157,7 +157,7 @@ def _write(trainer: ModuleState, section: FlowConfig, molecule: Prepared, *, sou
         "turn_step_rad": section.cartesian.turn_step_rad,
         "device": str(flow.embedding.weight.device),
         "steps": trainer.step,
-        "stopped_by_time": trainer.step < section.max_steps,
+        "stopped_by_time": trainer.cooldown_from is not None,
         "train_wall_s": trainer.wall_s,
         "final": {key: value if math.isfinite(value) else None for key, value in last.items() if key not in ("step", "wall_s")},
         "provenance": provenance(),
@@ -166,3 +166,8 @@ def _write(trainer: ModuleState, section: FlowConfig, molecule: Prepared, *, sou
     nll = last["validation_nll_per_atom"]
     rates = ", ".join(f"{key[11:]} {value:.4f}" for key, value in last.items() if key.startswith("acceptance_"))
     print(f"flow: {trainer.step} steps in {trainer.wall_s:.1f} s; {nll:.3f} nat per atom; held-out acceptance {rates}")
+    if trainer.cooldown_from is not None:
+        print(
+            f"flow: the time limit of {section.max_seconds:g} s ended training at step {trainer.step} of {section.max_steps};"
+            " the result depends on this machine's speed (raise flow.max_seconds or lower flow.max_steps)"
+        )

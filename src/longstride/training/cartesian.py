@@ -37,7 +37,7 @@ from longstride.training.flow import learning_rate
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from longstride.config import CartesianConfig, FlowConfig
+    from longstride.config import FlowConfig
     from longstride.data.checkpoint import StateFolder
     from longstride.potentials.base import Potential
     from longstride.state import System
@@ -255,7 +255,9 @@ def train(
     evaluate: Callable[[CartesianFlow], dict[str, float]] | None = None,
     folder: StateFolder | None = None,
 ) -> None:
-    """Train to `section.max_steps` or `section.max_seconds`, leaving the averaged weights in `state.module`.
+    """Train to `section.max_steps`, leaving the averaged weights in `state.module`.
+
+    After `section.max_seconds` the learning rate falls linearly to zero over a twentieth of the steps.
 
     Args:
         state: where training stands; continues from the newest checkpoint in `folder`.
@@ -276,17 +278,18 @@ def train(
     step = RelativeStep(centre_nm=settings.centre_step_nm, turn_rad=settings.turn_step_rad)
     progress = Progress("flow", section.max_steps, "steps", start=state.step)
     begin = time.monotonic() - state.wall_s
-    done = state.step >= section.max_steps
-    while not done:
+    while state.step < _last_step(state, section):
         batch = draw_batch(molecules, settings.batch_size, step=step, generator=state.generator).to(device)
         likelihood = nll_per_atom(flow, batch).mean()
         loss = likelihood
         if acceptance_loss is not None and state.step >= settings.acceptance_from_step:
             share = settings.acceptance_weight
             loss = (1 - share) * likelihood + share * acceptance_loss(flow, molecules[0], state.generator)
-        state.update(loss, rate=_rate(state.step, section, settings), decay=section.ema_decay, max_gradient=_MAX_GRADIENT)
+        state.update(loss, rate=_rate(state, section), decay=section.ema_decay, max_gradient=_MAX_GRADIENT)
         state.wall_s = time.monotonic() - begin
-        done = state.step >= section.max_steps or state.wall_s > section.max_seconds
+        if state.cooldown_from is None and state.wall_s > section.max_seconds:
+            state.cooldown_from = state.step
+        done = state.step == _last_step(state, section)
         if evaluate is not None and (done or state.step % section.metrics_every_steps == 0):
             _record(state, evaluate, likelihood.item())
         if folder is not None and not done and state.step % section.checkpoint_every_steps == 0:
@@ -296,8 +299,27 @@ def train(
     state.adopt_average()
 
 
-def _rate(step: int, section: FlowConfig, settings: CartesianConfig) -> float:
-    return learning_rate(step, peak=settings.learning_rate, warm_up=settings.warm_up_steps, total=section.max_steps)
+def _cooldown_steps(section: FlowConfig) -> int:
+    return max(1, section.max_steps // 20)
+
+
+def _last_step(state: ModuleState, section: FlowConfig) -> int:
+    if state.cooldown_from is None:
+        return section.max_steps
+    return min(section.max_steps, state.cooldown_from + _cooldown_steps(section))
+
+
+def _rate(state: ModuleState, section: FlowConfig) -> float:
+    """Return the learning rate; past the time limit it falls linearly to zero."""
+    settings = section.cartesian
+
+    def scheduled(step: int) -> float:
+        return learning_rate(step, peak=settings.learning_rate, warm_up=settings.warm_up_steps, total=section.max_steps)
+
+    if state.cooldown_from is None:
+        return scheduled(state.step)
+    left = 1.0 - (state.step - state.cooldown_from) / _cooldown_steps(section)
+    return min(scheduled(state.step), scheduled(state.cooldown_from) * left)
 
 
 def _record(state: ModuleState, evaluate: Callable[[CartesianFlow], dict[str, float]], train_nll: float) -> None:

@@ -30,6 +30,7 @@ class ModuleState:
         generator: the only random stream of training; on the CPU, so that a checkpoint continues on any device.
         step: optimiser steps done.
         wall_s: seconds spent, summed over attempts.
+        cooldown_from: the step at which a time limit began to end training early; None where it did not.
         rows: metrics so far.
     """
 
@@ -39,6 +40,7 @@ class ModuleState:
     generator: torch.Generator
     step: int = 0
     wall_s: float = 0.0
+    cooldown_from: int | None = None
     rows: list[dict[str, float]] = field(default_factory=list)
 
     @classmethod
@@ -56,7 +58,7 @@ class ModuleState:
             for key, moment in self.optimizer.state.get(value, {}).items():
                 arrays[f"adam.{key}.{name}"] = moment.cpu().numpy().reshape(-1)
         arrays["generator"] = self.generator.get_state().numpy()
-        folder.save(self.step, arrays, {"wall_s": self.wall_s, "rows": self.rows})
+        folder.save(self.step, arrays, {"wall_s": self.wall_s, "cooldown_from": self.cooldown_from, "rows": self.rows})
 
     @torch.no_grad()
     def load(self, folder: StateFolder) -> None:
@@ -64,7 +66,8 @@ class ModuleState:
         saved = folder.latest()
         if saved is None:
             return
-        self.step, self.wall_s, self.rows = saved.step, saved.meta["wall_s"], saved.meta["rows"]
+        self.step, self.rows = saved.step, saved.meta["rows"]
+        self.wall_s, self.cooldown_from = saved.meta["wall_s"], saved.meta["cooldown_from"]
         tensors = {name: torch.from_numpy(value.copy()) for name, value in saved.arrays.items()}
         self.generator.set_state(tensors["generator"])
         for name, value in self.module.named_parameters():
