@@ -275,6 +275,22 @@ def test_tensors_never_reach_beyond_their_bytes(layout, message, tmp_path):
         read_tensors(path, read_archive(path))
 
 
+def test_random_damage_never_ends_in_anything_but_the_error(tmp_path):
+    generator = np.random.default_rng(0)
+    whole = tensor_program(shape=(2, 3), strides=(3, 1), count=6)
+    refused = 0
+    for trial in range(300):
+        data = bytearray(whole)
+        for position in generator.integers(len(data), size=1 + trial % 3):
+            data[position] = generator.integers(256)
+        path = archive(tmp_path / "a.pt", bytes(data), [("0", b"\0" * 24)])
+        try:
+            read_tensors(path, {"t": attribute(read_archive(path), "t")})
+        except (DataError, AttributeError):
+            refused += 1  # an attribute error is this test's own, where the entry is no tensor
+    assert 30 < refused < 300
+
+
 @pytest.mark.parametrize("damage", ["absent", "truncated", "flipped", "empty", "other"])
 def test_damaged_checkpoints_are_one_clear_line(damage, published, tmp_path):
     path = tmp_path / "model.pt"

@@ -110,7 +110,7 @@ def read_archive(path: Path) -> Any:  # noqa: ANN401 - the root of the file is w
             raise DataError(f"{path} is damaged ({error}); download it again") from error
     try:
         return _Machine().run(program)
-    except (ValueError, TypeError, IndexError, KeyError, UnicodeError, AttributeError) as error:
+    except Exception as error:  # whatever a damaged or hostile program trips over
         raise DataError(f"{path} cannot be read as a PyTorch checkpoint: {error}; download it again") from error
 
 
