@@ -150,8 +150,13 @@ def _add_sample(commands: Any) -> None:  # noqa: ANN401 - argparse keeps its sub
     sample.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of the method, such as --set chains=64"
     )
-    _folders(sample, "prepared", "reference", "out", "state")
-    sample.add_argument("--flow", type=Path, metavar="DIR", help="folder of the train-flow stage (timewarp, explore)")
+    _folders(sample, "prepared", "out", "state")
+    sample.add_argument(
+        "--reference", type=Path, metavar="DIR", help="folder of the reference stage; a transferable flow can do without"
+    )
+    sample.add_argument(
+        "--flow", type=Path, metavar="DIR", help="folder of a flow (timewarp, explore)"
+    )
     sample.add_argument("--distill", type=Path, metavar="DIR", help="folder of the distill stage (mts)")
     lines = []
     for method, section in cfg.SampleConfig.model_fields.items():

@@ -263,6 +263,9 @@ class TimewarpSampling(FlowSampling):
     speculative: int = Field(
         1, ge=1, description="proposals drawn at once per chain: the same chain in distribution, faster where chains are few"
     )
+    moves_probability: float = Field(
+        0.3, ge=0, lt=1, description="share of local torsion moves; transferable flows only, others have none"
+    )
     local_moves: Literal["none", "ghmc", "hmc", "langevin"] = Field(
         "none",
         description="dynamics after every flow proposal (or batch): ghmc and hmc are exact, langevin makes all unadjusted",

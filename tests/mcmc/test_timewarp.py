@@ -114,7 +114,7 @@ def deviations(kernel, chains=600, steps=200):
 
 
 def test_every_average_of_the_exact_kernel_is_right():
-    kernel = timewarp(flow(), Springs(), kT=KT, independent_probability=0.3)
+    kernel = timewarp(flow().bound(SYSTEM), Springs(), kT=KT, independent_probability=0.3)
     assert kernel.invariance == "exact"
     found, accepted = deviations(kernel)
     assert accepted > 0.1
@@ -172,7 +172,7 @@ def test_broken_densities_are_detected(wrong):
 
 
 def test_exploration_declares_its_bias_and_is_biased():
-    kernel = explore(flow(), Springs(), kT=KT, independent_probability=1.0, max_energy_rise=300.0)
+    kernel = explore(flow().bound(SYSTEM), Springs(), kT=KT, independent_probability=1.0, max_energy_rise=300.0)
     assert kernel.invariance == "biased"
     found, accepted = deviations(kernel, steps=50)
     assert accepted > 0.9

@@ -4,15 +4,17 @@ import numpy as np
 import pytest
 import torch
 
-from longstride.config import ChainsConfig, PhysicsConfig, TransferConfig
+from longstride.config import ChainsConfig, ExploreSampling, PhysicsConfig, TimewarpSampling, TransferConfig
 from longstride.data.atomic import read_arrays
 from longstride.data.manifest import read_manifest, write_manifest
 from longstride.errors import DataError
 from longstride.flows.torsion_network import log_uniform
 from longstride.flows.transferable_checkpoint import load_transferable
 from longstride.mcmc import run as chain_loop
+from longstride.mcmc.timewarp import MOVES
 from longstride.stages import train_transfer
-from longstride.stages.chains import MOVES, run_chains
+from longstride.stages.chains import run_chains
+from longstride.stages.sample_flow import run_explore, run_timewarp
 from longstride.systems import prepare_sequence, save_prepared
 from molecules import PHYSICS
 
@@ -161,3 +163,17 @@ def _threads():
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("method", ["timewarp", "explore"])
+def test_a_transferable_flow_samples_without_a_reference(method, folders, trained, tmp_path):
+    sections = {"timewarp": (TimewarpSampling, run_timewarp), "explore": (ExploreSampling, run_explore)}
+    kind, run = sections[method]
+    section = kind(chains=8, proposals=8, save_every=4, burn_in=4, checkpoint_every=4, compile_energy=False)
+    job = {"prepared": folders / "AG", "flow": trained, "reference": None, "out": tmp_path / "out", "state": tmp_path / "state"}
+    run(section, **job, seed=1, threads=1)
+    manifest = read_manifest(tmp_path / "out", kind="samples")
+    assert manifest["invariance"] == ("exact" if method == "timewarp" else "biased")
+    assert manifest["temperature_K"] == 310.0
+    assert ("torsion moves" in manifest["acceptance_by_label"]) is (method == "timewarp")
+    assert read_arrays(tmp_path / "out" / "samples.safetensors")[0]["positions"].shape == (2, 8, 20, 3)

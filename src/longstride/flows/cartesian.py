@@ -38,6 +38,7 @@ import torch
 from torch import Tensor, nn
 
 from longstride.errors import DataError
+from longstride.flows.bound import BoundFlow
 from longstride.flows.kernel_attention import AtomTransformer, PackedPair, TransformerSizes, attention_weights
 from longstride.state import State
 from longstride.systems import neighbours
@@ -334,6 +335,15 @@ class CartesianFlow(nn.Module):
             raise DataError(f"the flow has the labels {', '.join(self.architecture.labels)}; none has index {label}")
         elements = element_indices(system.atomic_numbers, name=system.name).to(self.embedding.weight.device)
         return CartesianProposal(flow=self, system=system, elements=elements, centres=chiral_centres(system))
+
+    def bound(self, system: System) -> BoundFlow:
+        """Return the proposal of its only label for a molecule.
+
+        Raises:
+            DataError: an element that the model does not know.
+        """
+        proposal = self.bind(system)
+        return BoundFlow(proposals={self.architecture.labels[0]: proposal}, independent=None, contains=proposal.contains)
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,7 @@ from torch import Tensor, nn
 
 from longstride.errors import DataError
 from longstride.flows import circular
+from longstride.flows.bound import BoundFlow
 from longstride.flows.transforms import AffineCoupling, Transform
 from longstride.flows.zmatrix import Internals, ZMatrix, place_in_frame, wrap
 from longstride.state import State
@@ -240,6 +241,16 @@ class InternalFlow(nn.Module):
         if not 0 <= label <= len(self.architecture.lags_ps):
             raise DataError(f"the flow has the labels {', '.join(self.architecture.labels)}; none has index {label}")
         return FlowProposal(flow=self, system=system, label=label)
+
+    def bound(self, system: System) -> BoundFlow:
+        """Return the proposals of all labels for a molecule.
+
+        Raises:
+            DataError: the molecule has another number of atoms.
+        """
+        labels = self.architecture.labels
+        proposals = {name: self.bind(system, label=index) for index, name in enumerate(labels)}
+        return BoundFlow(proposals=proposals, independent=labels[-1], contains=proposals[labels[-1]].contains)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from longstride.errors import DataError
+from longstride.flows.bound import BoundFlow
 from longstride.flows.stiff import ForceFieldGaussian, calibrate
 from longstride.flows.torsion_features import torsion_features
 from longstride.flows.zmatrix import build_zmatrix, place_in_frame
@@ -177,6 +178,15 @@ def bind(network: TorsionNetwork, molecule: BoundMolecule, *, label: int) -> Tra
     features = torsion_features(prepared.system, prepared.openmm_system, target.zmatrix, prepared.positions, target.kT)
     tokens = network.encode([features.to(next(network.parameters()).dtype)])
     return TransferableProposal(network=network, molecule=molecule, tokens=tokens, label=label)
+
+
+@torch.no_grad()
+def bind_all(network: TorsionNetwork, molecule: BoundMolecule) -> BoundFlow:
+    """Return the proposals of all labels for a molecule, with torsion moves beside them."""
+    labels = network.architecture.labels
+    proposals = {name: bind(network, molecule, label=index) for index, name in enumerate(labels)}
+    moves, contains = TorsionMoves(molecule=molecule), proposals[labels[-1]].contains
+    return BoundFlow(proposals=proposals, independent=labels[-1], contains=contains, moves=moves, states=molecule.states)
 
 
 @dataclass(frozen=True, kw_only=True)

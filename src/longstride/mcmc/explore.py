@@ -8,10 +8,9 @@ import torch
 
 from longstride.mcmc.kernel import ChainState, Info, Kernel, mixture
 from longstride.mcmc.metropolis import boltzmann, select
-from longstride.mcmc.timewarp import label_probabilities
 
 if TYPE_CHECKING:
-    from longstride.flows.internal import InternalFlow
+    from longstride.flows.bound import BoundFlow
     from longstride.mcmc.kernel import LogDensity
     from longstride.mcmc.metropolis import Proposal
     from longstride.potentials.base import Potential
@@ -36,20 +35,19 @@ def filtered(log_density: LogDensity, proposal: Proposal, *, max_drop: float, la
 
 
 def explore(
-    flow: InternalFlow, potential: Potential, *, kT: float, independent_probability: float, max_energy_rise: float
+    flow: BoundFlow, potential: Potential, *, kT: float, independent_probability: float, max_energy_rise: float
 ) -> Kernel:
     """Return the exploration kernel (arXiv:2302.01170, algorithm 2) over all labels of a flow.
 
     Args:
-        flow: the trained flow.
-        potential: the target; its molecule binds the flow.
+        flow: proposals for the molecule.
+        potential: the target.
         kT: thermal energy, kJ/mol.
         independent_probability: probability of the independent label, 0 to 1.
         max_energy_rise: kJ/mol; a larger rise in one step is refused.
     """
     log_density = boltzmann(potential, kT)
     kernels = [
-        filtered(log_density, flow.bind(potential.system, label=index), max_drop=max_energy_rise / kT, label=name)
-        for index, name in enumerate(flow.architecture.labels)
+        filtered(log_density, proposal, max_drop=max_energy_rise / kT, label=name) for name, proposal in flow.proposals.items()
     ]
-    return mixture(kernels, label_probabilities(flow, independent_probability))
+    return mixture(kernels, flow.probabilities(independent_probability))

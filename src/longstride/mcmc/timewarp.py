@@ -4,23 +4,21 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from longstride.mcmc.kernel import Kernel, mixture
-from longstride.mcmc.metropolis import boltzmann, metropolis
+import torch
+
+from longstride.mcmc.kernel import Info, Kernel, mixture
+from longstride.mcmc.metropolis import boltzmann, hastings, metropolis
 from longstride.mcmc.speculative import speculative
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from longstride.flows.internal import InternalFlow
-    from longstride.mcmc.kernel import LogDensity
+    from longstride.flows.bound import BoundFlow
+    from longstride.mcmc.kernel import ChainState, LogDensity
     from longstride.mcmc.metropolis import Proposal
     from longstride.potentials.base import Potential
 
-
-def label_probabilities(flow: InternalFlow, independent_probability: float) -> tuple[float, ...]:
-    """Return the fixed probability of each label: the lags share evenly what "independent" leaves."""
-    n_lags = len(flow.architecture.lags_ps)
-    return (*([(1.0 - independent_probability) / n_lags] * n_lags), independent_probability)
+MOVES = "torsion moves"  # label of the local moves of flows in internal coordinates
 
 
 def flow_moves(
@@ -45,19 +43,53 @@ def flow_moves(
     return mixture(kernels, probabilities)
 
 
-def timewarp(flow: InternalFlow, potential: Potential, *, kT: float, independent_probability: float, batch: int = 1) -> Kernel:
+def timewarp(
+    flow: BoundFlow,
+    potential: Potential,
+    *,
+    kT: float,
+    independent_probability: float,
+    batch: int = 1,
+    moves_probability: float = 0.0,
+) -> Kernel:
     """Return the kernel that picks a label with fixed probability and proposes with it (arXiv:2302.01170).
 
     Each label's kernel is exact, so the mixture is. Proposals at a finite lag move within what molecular dynamics
     reaches in that time; independent ones also cross between basins that it does not connect.
 
     Args:
-        flow: the trained flow.
-        potential: the target; its molecule binds the flow.
+        flow: proposals for the molecule.
+        potential: the target.
         kT: thermal energy, kJ/mol.
         independent_probability: probability of the independent label, 0 to 1.
         batch: proposals drawn at once per chain, for few chains.
+        moves_probability: share of local torsion moves, where the flow offers them.
     """
-    proposals = {name: flow.bind(potential.system, label=index) for index, name in enumerate(flow.architecture.labels)}
-    probabilities = label_probabilities(flow, independent_probability)
-    return flow_moves(boltzmann(potential, kT), proposals, probabilities, batch=batch)
+    log_density = boltzmann(potential, kT)
+    jumps = flow_moves(log_density, flow.proposals, flow.probabilities(independent_probability), batch=batch)
+    if flow.moves is None or moves_probability == 0:
+        return jumps
+    moves = hastings(log_density, flow.moves.propose, label=MOVES)
+    return mixture((jumps, repeated(moves, batch)), (1.0 - moves_probability, moves_probability))
+
+
+def repeated(kernel: Kernel, count: int) -> Kernel:
+    """Return `count` steps of a kernel as one, whose Info counts all of them."""
+    if count == 1:
+        return kernel
+
+    def step(chains: ChainState, generator: torch.Generator) -> tuple[ChainState, Info]:
+        infos = []
+        for _ in range(count):
+            chains, info = kernel(chains, generator)
+            infos.append(info)
+        return chains, Info(
+            accepted=torch.stack([info.accepted.long() for info in infos]).sum(0),
+            log_alpha=infos[-1].log_alpha,
+            label=infos[-1].label,
+            energy_calls=sum(info.energy_calls for info in infos),
+            force_calls=sum(info.force_calls for info in infos),
+            proposals=sum(info.proposals for info in infos),
+        )
+
+    return Kernel(step=step, invariance=kernel.invariance, labels=kernel.labels)

@@ -259,7 +259,7 @@ def _internal(molecule: Prepared, potential: AmberPotential) -> dict[str, Any]:
     frames = thermal_configurations(exact, molecule.positions, count=FRAMES, temperature_K=temperature, generator=generator)
     flow = build_flow(FlowConfig(), molecule, lags_ps=(100.0,), frames=frames.numpy(), seed=0).eval()
     flow.requires_grad_(requires_grad=False)
-    kernel = timewarp(flow, potential, kT=_kT(), independent_probability=0.0)
+    kernel = timewarp(flow.bound(potential.system), potential, kT=_kT(), independent_probability=0.0)
     rate = _step_rate(kernel, potential, State(positions=frames[:INTERNAL_BATCH]))
     return {
         "batch": INTERNAL_BATCH,

@@ -14,11 +14,12 @@ from longstride.data.atomic import write_arrays
 from longstride.data.checkpoint import fingerprint, open_state
 from longstride.data.manifest import write_manifest
 from longstride.fingerprints import code_version
-from longstride.flows.transferable import BoundMolecule, TorsionMoves, bind
+from longstride.flows.transferable import BoundMolecule, TorsionMoves, bind_all
 from longstride.flows.transferable_checkpoint import Physics, load_transferable
 from longstride.mcmc.kernel import Kernel, mixture
-from longstride.mcmc.metropolis import boltzmann, hastings, metropolis, start_chains
+from longstride.mcmc.metropolis import boltzmann, hastings, start_chains
 from longstride.mcmc.run import Saved, Schedule, Tally, run
+from longstride.mcmc.timewarp import MOVES, flow_moves
 from longstride.provenance import provenance
 from longstride.seeds import job_seed
 from longstride.stages.target import target_potential
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
     from longstride.systems import Prepared
 
 THREADS = 1  # peptides are what runs side by side
-MOVES = "torsion moves"
 
 
 def run_chains(
@@ -109,12 +109,9 @@ def peptide_kernel(molecule: BoundMolecule, network: TorsionNetwork | None, *, f
     moves = hastings(log_density, TorsionMoves(molecule=molecule).propose, label=MOVES)
     if network is None:
         return moves
-    kernels, labels = [moves], network.architecture.labels
-    for index, name in enumerate(labels):
-        proposal = bind(network, molecule, label=index)
-        kernels.append(metropolis(log_density, proposal, label=name, propose=proposal.propose))
-    share = flow_probability / len(labels)
-    return mixture(kernels, (1.0 - share * len(labels), *[share] * len(labels)))
+    flow = bind_all(network, molecule)
+    jumps = flow_moves(log_density, flow.proposals, (1.0 / len(flow.proposals),) * len(flow.proposals))
+    return mixture((moves, jumps), (1.0 - flow_probability, flow_probability))
 
 
 def _write(out: Path, saved: Saved, tally: Tally, *, molecule: Prepared, kernel: Kernel, content: dict[str, Any]) -> None:

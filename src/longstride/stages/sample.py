@@ -15,10 +15,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class SampleInputs:
-    """Folders a sampling job reads; `flow` and `distill` only where the method needs them."""
+    """Folders a sampling job reads; `reference`, `flow` and `distill` only where the method needs them."""
 
     prepared: Path
-    reference: Path
+    reference: Path | None = None
     flow: Path | None = None
     distill: Path | None = None
 
@@ -38,6 +38,8 @@ def run(method: Method, config: Config, *, inputs: SampleInputs, out: Path, stat
         "threads": threads,
     }
     sections, physics = config.sample, config.physics
+    if method not in ("timewarp", "explore"):
+        _needed(inputs.reference, method, "--reference")
     if method == "md":
         from longstride.stages.sample_md import run_md
 

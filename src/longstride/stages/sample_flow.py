@@ -14,17 +14,15 @@ from longstride.data.manifest import read_manifest, write_manifest
 from longstride.dynamics.masses import repartitioned_masses
 from longstride.errors import DataError
 from longstride.fingerprints import code_version
-from longstride.flows.cartesian import CartesianFlow
-from longstride.flows.cartesian_checkpoint import is_cartesian, load_cartesian
-from longstride.flows.checkpoint import load_flow
-from longstride.mcmc.explore import explore, filtered
+from longstride.mcmc.explore import explore
 from longstride.mcmc.kernel import cycle
 from longstride.mcmc.local import Dynamics, ghmc, hmc, langevin
 from longstride.mcmc.metropolis import boltzmann, checked_starts, start_chains
 from longstride.mcmc.run import Saved, Schedule, Tally, run
-from longstride.mcmc.timewarp import flow_moves, timewarp
+from longstride.mcmc.timewarp import MOVES, timewarp
 from longstride.provenance import provenance
 from longstride.seeds import job_seed
+from longstride.stages.flow_models import open_flow
 from longstride.stages.target import target_potential
 from longstride.state import State
 from longstride.systems import load_prepared
@@ -35,11 +33,10 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from longstride.config import ExploreSampling
-    from longstride.flows.internal import InternalFlow
-
-    Flow = InternalFlow | CartesianFlow
+    from longstride.flows.bound import BoundFlow
     from longstride.mcmc.kernel import Kernel
     from longstride.potentials.base import Potential
+    from longstride.stages.flow_models import OpenFlow
     from longstride.systems import Prepared
 
 THREADS = 1  # one core however many are granted, as in training; repeats (seeds) are what runs side by side
@@ -47,44 +44,53 @@ LOCAL_LABELS = ("ghmc", "hmc", "langevin")
 
 
 def run_timewarp(
-    section: TimewarpSampling, *, prepared: Path, flow: Path, reference: Path, out: Path, state: Path, seed: int, threads: int
+    section: TimewarpSampling,
+    *,
+    prepared: Path,
+    flow: Path,
+    reference: Path | None,
+    out: Path,
+    state: Path,
+    seed: int,
+    threads: int,
 ) -> None:
-    """Write samples of the chain to `out`; starts are reference frames from all basins.
+    """Write samples of the chain to `out`; starts are reference frames from all basins, or states the flow knows.
 
     The chain is exact, unless its local moves are plain Langevin dynamics, which makes it unadjusted.
     """
 
-    def make(network: Flow, potential: Potential, kT: float) -> Kernel:
-        if isinstance(network, CartesianFlow):
-            proposals = {network.architecture.labels[0]: network.bind(potential.system)}
-            flow_kernel = flow_moves(boltzmann(potential, kT), proposals, (1.0,), batch=section.speculative)
-        else:
-            shares = section.independent_probability
-            flow_kernel = timewarp(network, potential, kT=kT, independent_probability=shares, batch=section.speculative)
-        local = local_moves(section, potential, kT=kT, contains=network.bind(potential.system).contains)
-        return flow_kernel if local is None else cycle(flow_kernel, local)
+    def make(flow: BoundFlow, potential: Potential, kT: float) -> Kernel:
+        jumps = timewarp(
+            flow,
+            potential,
+            kT=kT,
+            independent_probability=section.independent_probability,
+            batch=section.speculative,
+            moves_probability=section.moves_probability,
+        )
+        local = local_moves(section, potential, kT=kT, contains=flow.contains)
+        return jumps if local is None else cycle(jumps, local)
 
     folders = {"prepared": prepared, "flow": flow, "reference": reference, "out": out, "state": state}
     _sample("timewarp", section, make, folders=folders, seed=seed, threads=threads)
 
 
 def run_explore(
-    section: ExploreSampling, *, prepared: Path, flow: Path, reference: Path, out: Path, state: Path, seed: int, threads: int
+    section: ExploreSampling,
+    *,
+    prepared: Path,
+    flow: Path,
+    reference: Path | None,
+    out: Path,
+    state: Path,
+    seed: int,
+    threads: int,
 ) -> None:
-    """Write states of the biased exploration to `out`; starts are reference frames from all basins."""
+    """Write states of the biased exploration to `out`; starts as in `run_timewarp`."""
 
-    def make(network: Flow, potential: Potential, kT: float) -> Kernel:
-        max_drop = section.max_energy_rise_kJ_per_mol / kT
-        if isinstance(network, CartesianFlow):
-            proposal, label = network.bind(potential.system), network.architecture.labels[0]
-            return filtered(boltzmann(potential, kT), proposal, max_drop=max_drop, label=label)
-        return explore(
-            network,
-            potential,
-            kT=kT,
-            independent_probability=section.independent_probability,
-            max_energy_rise=section.max_energy_rise_kJ_per_mol,
-        )
+    def make(flow: BoundFlow, potential: Potential, kT: float) -> Kernel:
+        rise = section.max_energy_rise_kJ_per_mol
+        return explore(flow, potential, kT=kT, independent_probability=section.independent_probability, max_energy_rise=rise)
 
     folders = {"prepared": prepared, "flow": flow, "reference": reference, "out": out, "state": state}
     _sample("explore", section, make, folders=folders, seed=seed, threads=threads)
@@ -120,27 +126,22 @@ def local_moves(
 def _sample(
     method: str,
     section: TimewarpSampling | ExploreSampling,
-    make: Callable[[Flow, Potential, float], Kernel],
+    make: Callable[[BoundFlow, Potential, float], Kernel],
     *,
-    folders: dict[str, Path],
+    folders: dict[str, Any],
     seed: int,
     threads: int,
 ) -> None:
     used = min(threads, THREADS)
     torch.set_num_threads(used)
     molecule = load_prepared(folders["prepared"])
-    trained = read_manifest(folders["flow"], kind="flow")
-    source = read_manifest(folders["reference"], kind="reference", verify=False)
-    if source["system_hash"] != molecule.system_hash:
-        raise DataError(f"{folders['reference']} belongs to another molecule or force field than {folders['prepared']}")
-    kT = thermal_energy(trained["temperature_K"])
-    network = _load(folders["flow"] / "model.safetensors", molecule)
     potential = target_potential(molecule, section.energies, compile=section.compile_energy, key=f"sample.{method}.energies")
-    starts = start_positions(folders["reference"], count=section.chains, seed=job_seed(seed, "starts"))
-    x = State(positions=torch.from_numpy(starts))
-    chains = start_chains(boltzmann(potential, kT), checked_starts(network.bind(molecule.system).contains, x))
+    flow = open_flow(folders["flow"], molecule, potential)
+    kT = thermal_energy(flow.temperature_K)
+    x, source = _starts(folders, flow, molecule, count=section.chains, seed=job_seed(seed, "starts"))
+    chains = start_chains(boltzmann(potential, kT), checked_starts(flow.bound.contains, x))
     generator = torch.Generator().manual_seed(job_seed(seed, "chains"))
-    inputs = (molecule.system_hash, trained["files"], source["files"])
+    inputs = (molecule.system_hash, flow.files, source)
     key = fingerprint(section.model_dump(), inputs, seed, code_version("sample_flow"))
     at_once = section.speculative if isinstance(section, TimewarpSampling) else 1
     schedule = Schedule(
@@ -149,19 +150,37 @@ def _sample(
         save_every=section.save_every // at_once,
         checkpoint_every=section.checkpoint_every // at_once,
     )
-    kernel = make(network, potential, kT)
+    kernel = make(flow.bound, potential, kT)
     with open_state(folders["state"], key) as folder:
         saved, tally = run(kernel, chains, schedule, generator=generator, folder=folder, label=method)
         identity = {"method": method, "invariance": kernel.invariance, "seed": seed, "threads": used}
-        _write(saved, tally, identity, section, molecule=molecule, trained=trained, out=folders["out"])
+        identity["temperature_K"] = flow.temperature_K
+        _write(saved, tally, identity, section, molecule=molecule, out=folders["out"])
         folder.clear()
 
 
-def _load(path: Path, molecule: Prepared) -> Flow:
-    """Return the flow of either kind; a Cartesian one where its large matrix products are fastest."""
-    if is_cartesian(path):
-        return load_cartesian(path, molecule).to("cuda" if torch.cuda.is_available() else "cpu")
-    return load_flow(path, molecule)
+def _starts(
+    folders: dict[str, Any], flow: OpenFlow, molecule: Prepared, *, count: int, seed: int
+) -> tuple[State, dict[str, Any] | None]:
+    """Return starting points of all chains and the checksums of where they come from.
+
+    Raises:
+        DataError: the reference is of another molecule, force field or temperature; there is none, and the flow knows no
+            states.
+    """
+    if folders["reference"] is None:
+        if flow.bound.states is None:
+            raise DataError("this flow needs starting points: give the folder of a reference with --reference")
+        chosen = torch.randint(len(flow.bound.states), (count,), generator=torch.Generator().manual_seed(seed))
+        return State(positions=flow.bound.states[chosen]), None
+    source = read_manifest(folders["reference"], kind="reference", verify=False)
+    if source["system_hash"] != molecule.system_hash:
+        raise DataError(f"{folders['reference']} belongs to another molecule or force field than {folders['prepared']}")
+    if source["temperature_K"] != flow.temperature_K:
+        hot, was = source["temperature_K"], flow.temperature_K
+        raise DataError(f"{folders['reference']} is at {hot} K, but the flow in {folders['flow']} was trained at {was} K")
+    frames = start_positions(folders["reference"], count=count, seed=seed)
+    return State(positions=torch.from_numpy(frames)), source["files"]
 
 
 def _write(
@@ -171,12 +190,11 @@ def _write(
     section: TimewarpSampling | ExploreSampling,
     *,
     molecule: Prepared,
-    trained: dict[str, Any],
     out: Path,
 ) -> None:
-    energy = -saved.log_density * thermal_energy(trained["temperature_K"])
+    energy = -saved.log_density * thermal_energy(identity["temperature_K"])
     arrays = {"positions": saved.positions, "potential_energy": energy, "acceptance": saved.acceptance}
-    flow_labels = [name for name in tally.proposed if name not in LOCAL_LABELS]
+    flow_labels = [name for name in tally.proposed if name not in (*LOCAL_LABELS, MOVES)]
     counts = {"energy_calls": tally.energy_calls, "proposals": sum(tally.proposed[name] for name in flow_labels)}
     if tally.force_calls:
         counts["force_calls"] = tally.force_calls
@@ -190,7 +208,7 @@ def _write(
         "save_every": section.save_every,
         "seed": identity["seed"],
         "system_hash": molecule.system_hash,
-        "temperature_K": trained["temperature_K"],
+        "temperature_K": identity["temperature_K"],
         "energies": section.energies,
         "counts": counts,
         "acceptance": tally.acceptance(*flow_labels),
