@@ -7,12 +7,14 @@ Three samplers of the same target are timed, first the proposals alone, then the
                 attention computed in every layer, one OpenMM energy at a time
     internal    the flow in internal coordinates
 
-Weights are random and in float32: they do not change the cost. Every rate is the best of several windows after a warm-up, so
-that a disturbance by other work on the machine slows neither side of a ratio. Each sampler gets all threads it was given.
+Weights are random and in float32: they do not change the cost. What is compared is timed in turn, round after round after a
+warm-up, and every rate is that of its best round, so that a disturbance by other work on the machine does not tilt a ratio.
+Each sampler gets all threads it was given.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
 import resource
 import sys
@@ -47,14 +49,16 @@ if TYPE_CHECKING:
     from longstride.potentials.base import Potential
     from longstride.systems import Prepared
 
-WINDOWS, WINDOW_SECONDS = 4, 0.3
-LONG_CALL_SECONDS = 2.0  # calls that take longer than this are timed twice in all
+    Calls = dict[tuple[str, str], tuple[Callable[[], object], float]]
+
+ROUNDS, WINDOW_SECONDS = 4, 0.3
 # the released code with the 2aa model, flow part alone, on two cores
 PUBLISHED_PROPOSALS_PER_S, PUBLISHED_ATOMS = 14.0, 22
 SEQUENCES = ("GG", "ACE-ALA-NME", "AAAA", "WW", "ALKF", "WWWW")  # 17 to 99 atoms
 BATCHES = (1, 4, 16, 64)
 ROWS = 704  # proposal x atom of one call where the atom count is varied: 32 proposals of 22 atoms
 INTERNAL_BATCH = 256
+FLOW, STEP, NOT_COMPILED = "flow_proposals_per_s", "step_proposals_per_s", "internal_energies_not_compiled"
 FRAMES = 1024  # harmonic configurations that standardise the internal flow
 
 
@@ -94,17 +98,16 @@ def mcmc(settings: Settings) -> dict[str, Any]:
     potential = _potential(molecule, settings)
     internal = _internal(molecule, potential)  # first, so that its memory is not counted together with the larger model's
     flow = random_flow(PRESETS[settings.preset])
-    cartesian = {"preset": settings.preset, **_cartesian(flow, molecule, potential, batch=settings.batch)}
-    serial = _serial(flow, molecule)
+    cartesian = _cartesian(flow, molecule, potential, batch=settings.batch)
+    parts = _measured({"cartesian": cartesian, "serial": _serial(flow, molecule), "internal": internal})
+    parts["cartesian"] = {"preset": settings.preset, **parts["cartesian"]}
     return {
         "system": settings.sequence,
         "atoms": molecule.system.n_atoms,
         "threads": settings.threads,
         "dtype": "float32",
-        "cartesian": cartesian,
-        "serial": serial,
-        "internal": internal,
-        "ratios": _ratios(cartesian, serial, internal, atoms=molecule.system.n_atoms),
+        **parts,
+        "ratios": _ratios(**parts, atoms=molecule.system.n_atoms),
         "by_batch": [_at_batch(flow, molecule, batch) for batch in settings.batches],
         "by_atoms": [_at_atoms(flow, sequence) for sequence in settings.sequences],
         "peak_memory_MiB": _process_peak_MiB(),
@@ -112,19 +115,64 @@ def mcmc(settings: Settings) -> dict[str, Any]:
     }
 
 
-def _ratios(cartesian: dict[str, Any], serial: dict[str, Any], internal: dict[str, Any], *, atoms: int) -> dict[str, float]:
-    ours, plain = cartesian["flow_proposals_per_s"], serial["flow_proposals_per_s"]
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """One sampler, warmed up and ready to be timed.
+
+    Attributes:
+        facts: what is known of it without a clock; JSON values.
+        calls: name of a rate to what is called and how many things one call does.
+    """
+
+    facts: dict[str, Any]
+    calls: dict[str, tuple[Callable[[], object], float]]
+
+
+def _measured(parts: dict[str, Part]) -> dict[str, dict[str, Any]]:
+    """Return facts and rates of all parts, timed in turn; fractions of the peak where a part counts its operations."""
+    calls: Calls = {(name, kind): call for name, part in parts.items() for kind, call in part.calls.items()}
+    peak_call = _matrix_product()
+    rates = _rates({**calls, ("machine", "peak"): peak_call})
+    peak = rates["machine", "peak"]
+    found = {}
+    for name, part in parts.items():
+        found[name] = {**part.facts, **{kind: rates[name, kind] for kind in part.calls}}
+        if "GFLOP_per_proposal" in part.facts:
+            used = {kind: 1e9 * work * rates[name, FLOW] / peak for kind, work in part.facts["GFLOP_per_proposal"].items()}
+            found[name] |= {"matmul_peak_GFLOP_per_s": peak / 1e9, "fraction_of_matmul_peak": used}
+    return found
+
+
+def _rates(calls: Calls) -> dict[tuple[str, str], float]:
+    """Return how many things each call does per second, the best of several rounds over all of them."""
+    repeats = {}
+    for name, (call, _) in calls.items():
+        start = time.perf_counter()
+        call()
+        repeats[name] = max(1, round(WINDOW_SECONDS / (time.perf_counter() - start)))
+    best = dict.fromkeys(calls, 0.0)
+    for _ in range(ROUNDS):
+        for name, (call, count) in calls.items():
+            start = time.perf_counter()
+            for _ in range(repeats[name]):
+                call()
+            best[name] = max(best[name], repeats[name] * count / (time.perf_counter() - start))
+    return best
+
+
+def _ratios(*, cartesian: dict[str, Any], serial: dict[str, Any], internal: dict[str, Any], atoms: int) -> dict[str, float]:
+    ours, plain = cartesian[FLOW], serial[FLOW]
     ratios = {
         "cartesian_flow_over_serial_flow": ours / plain,
-        "cartesian_step_over_serial_step": cartesian["step_proposals_per_s"] / serial["step_proposals_per_s"],
-        "internal_step_over_cartesian_step": internal["step_proposals_per_s"] / cartesian["step_proposals_per_s"],
-        "internal_step_over_serial_flow": internal["step_proposals_per_s"] / plain,
+        "cartesian_step_over_serial_step": cartesian[STEP] / serial[STEP],
+        "internal_step_over_cartesian_step": internal[STEP] / cartesian[STEP],
+        "internal_step_over_serial_flow": internal[STEP] / plain,
     }
     if cartesian["preset"] == "2aa" and atoms == PUBLISHED_ATOMS:
         # only comparable on two quiet cores of the kind it was measured on
         ratios |= {
             "cartesian_flow_over_published_14_per_s": ours / PUBLISHED_PROPOSALS_PER_S,
-            "internal_step_over_published_14_per_s": internal["step_proposals_per_s"] / PUBLISHED_PROPOSALS_PER_S,
+            "internal_step_over_published_14_per_s": internal[STEP] / PUBLISHED_PROPOSALS_PER_S,
         }
     return ratios
 
@@ -155,27 +203,13 @@ def operations(architecture: CartesianArchitecture, atoms: int) -> dict[str, flo
     return {"performed": 4.0 * atoms * networks * folded, "nominal": 4.0 * atoms * networks * weights}
 
 
-def matmul_peak(size: int = 2048) -> float:
-    """Return the best rate of a float32 product of two square matrices, operations per second, by either of torch's ways."""
+def _matrix_product(size: int = 2048) -> tuple[Callable[[], object], float]:
+    """Return a float32 product of two square matrices in the faster of torch's ways, and its floating-point operations."""
     a = torch.randn(size, size, generator=torch.Generator().manual_seed(0))
     laid_out = PackedLinear(a, None)
-    return 2 * size**3 * max(_rate(lambda: a @ a, 1), _rate(lambda: laid_out(a), 1))
-
-
-def _rate(call: Callable[[], object], count: int) -> float:
-    """Return how many of the `count` things that a call does are done per second: the best window after a warm-up."""
-    call()
-    start = time.perf_counter()
-    call()
-    once = time.perf_counter() - start
-    repeats = max(1, round(WINDOW_SECONDS / once))
-    best = count / once if once > WINDOW_SECONDS else 0.0
-    for _ in range(WINDOWS if once < LONG_CALL_SECONDS else 1):
-        start = time.perf_counter()
-        for _ in range(repeats):
-            call()
-        best = max(best, repeats * count / (time.perf_counter() - start))
-    return best
+    ways: Calls = {("", "general"): (lambda: a @ a, 1.0), ("", "laid out"): (lambda: laid_out(a), 1.0)}
+    rates = _rates(ways)
+    return ways[max(rates, key=lambda name: rates[name])][0], 2.0 * size**3
 
 
 def _prepared(sequence: str) -> Prepared:
@@ -198,75 +232,79 @@ def _starts(molecule: Prepared, count: int) -> State:
     return State(positions=torch.from_numpy(molecule.positions).expand(count, -1, -1).contiguous())
 
 
-def _step_rate(kernel: Kernel, potential: Potential, x: State) -> float:
+def _step(kernel: Kernel, potential: Potential, x: State) -> Callable[[], object]:
+    """Return one step of the chains at x, always from there."""
     chains = start_chains(boltzmann(potential, _kT()), x)
     generator = torch.Generator().manual_seed(1)
-    return _rate(lambda: kernel(chains, generator), len(x.positions))
+    return lambda: kernel(chains, generator)
 
 
-def _cartesian(flow: CartesianFlow, molecule: Prepared, potential: Potential, *, batch: int) -> dict[str, Any]:
-    _reset_peak()
+def _memory_MiB(*calls: Callable[[], object]) -> int | None:
+    """Return the highest resident memory of a first call of each, in MiB; None where the system does not say."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")  # forget the highest use so far (Linux)
+    for call in calls:
+        call()
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) // 2**10 for line in lines if line.startswith("VmHWM:")), None)
+
+
+def _cartesian(flow: CartesianFlow, molecule: Prepared, potential: Potential, *, batch: int) -> Part:
     proposal, x = flow.bind(molecule.system), _starts(molecule, batch)
-    result = _flow_rate(proposal, x)
-    kernel = metropolis(boltzmann(potential, _kT()), proposal, propose=proposal.propose)
-    result["step_proposals_per_s"] = _step_rate(kernel, potential, x)
-    return {"parameters": sum(value.numel() for value in flow.parameters()), **result, "peak_memory_MiB": _peak_MiB()}
+    alone = _flow_part(proposal, x)
+    step = _step(metropolis(boltzmann(potential, _kT()), proposal, propose=proposal.propose), potential, x)
+    facts = {"parameters": sum(value.numel() for value in flow.parameters()), **alone.facts}
+    facts["peak_memory_MiB"] = _memory_MiB(*(call for call, _ in alone.calls.values()), step)
+    return Part(facts=facts, calls={**alone.calls, STEP: (step, batch)})
 
 
-def _flow_rate(proposal: CartesianProposal, x: State) -> dict[str, Any]:
-    """Return rate and use of the machine of the proposals alone (draw, both densities)."""
+def _flow_part(proposal: CartesianProposal, x: State) -> Part:
+    """Return the proposals alone: draw, both densities."""
     batch, atoms = x.positions.shape[:2]
     generator = torch.Generator().manual_seed(0)
-    # the peak is taken on both sides of the measurement, as the machine may be shared
-    before = matmul_peak()
-    rate = _rate(lambda: proposal.propose(x, generator), batch)
-    peak = max(before, matmul_peak())
-    work = operations(proposal.flow.architecture, atoms)
-    return {
-        "batch": batch,
-        "flow_proposals_per_s": rate,
-        "matmul_peak_GFLOP_per_s": peak / 1e9,
-        "GFLOP_per_proposal": {name: value / 1e9 for name, value in work.items()},
-        "fraction_of_matmul_peak": {name: value * rate / peak for name, value in work.items()},
-    }
+
+    def propose() -> object:
+        return proposal.propose(x, generator)
+
+    work = {name: value / 1e9 for name, value in operations(proposal.flow.architecture, atoms).items()}
+    facts = {"batch": batch, "GFLOP_per_proposal": work, "peak_memory_MiB": _memory_MiB(propose)}
+    return Part(facts=facts, calls={FLOW: (propose, batch)})
 
 
 def _at_batch(flow: CartesianFlow, molecule: Prepared, batch: int) -> dict[str, Any]:
-    _reset_peak()
-    result = _flow_rate(flow.bind(molecule.system), _starts(molecule, batch))
-    return {**result, "peak_memory_MiB": _peak_MiB()}
+    return _measured({"": _flow_part(flow.bind(molecule.system), _starts(molecule, batch))})[""]
 
 
 def _at_atoms(flow: CartesianFlow, sequence: str) -> dict[str, Any]:
     """Return rates of one peptide; energies are not compiled here, as each peptide would be compiled anew."""
     molecule = _prepared(sequence)
     atoms = molecule.system.n_atoms
-    cartesian = _flow_rate(flow.bind(molecule.system), _starts(molecule, max(1, ROWS // atoms)))
+    parts = {"cartesian": _flow_part(flow.bind(molecule.system), _starts(molecule, max(1, ROWS // atoms)))}
     eager = AmberPotential.from_openmm(molecule.openmm_system, molecule.system, name=molecule.target, dtype=torch.float32)
     try:
-        internal: dict[str, Any] = _internal(molecule, eager)
+        parts[NOT_COMPILED] = _internal(molecule, eager)
+        reason: dict[str, Any] = {}
     except LongstrideError as error:
-        internal = {"not_measured": str(error)}
-    return {"system": sequence, "atoms": atoms, "cartesian": cartesian, "internal_energies_not_compiled": internal}
+        reason = {NOT_COMPILED: {"not_measured": str(error)}}
+    return {"system": sequence, "atoms": atoms, **_measured(parts), **reason}
 
 
-def _internal(molecule: Prepared, potential: AmberPotential) -> dict[str, Any]:
-    """Return the rate of the exact step with the internal-coordinate flow, freshly initialised."""
-    _reset_peak()
+def _internal(molecule: Prepared, potential: AmberPotential) -> Part:
+    """Return the exact step with the internal-coordinate flow, freshly initialised."""
     exact = AmberPotential.from_openmm(molecule.openmm_system, molecule.system, name=molecule.target)
     temperature = validate({}).physics.temperature_K
     generator = torch.Generator().manual_seed(0)
     frames = thermal_configurations(exact, molecule.positions, count=FRAMES, temperature_K=temperature, generator=generator)
     flow = build_flow(FlowConfig(), molecule, lags_ps=(100.0,), frames=frames.numpy(), seed=0).eval()
     flow.requires_grad_(requires_grad=False)
-    kernel = timewarp(flow.bound(potential.system), potential, kT=_kT(), independent_probability=0.0)
-    rate = _step_rate(kernel, potential, State(positions=frames[:INTERNAL_BATCH]))
-    return {
-        "batch": INTERNAL_BATCH,
-        "parameters": sum(value.numel() for value in flow.parameters()),
-        "step_proposals_per_s": rate,
-        "peak_memory_MiB": _peak_MiB(),
-    }
+    kernel = timewarp(flow.bound(molecule.system), potential, kT=_kT(), independent_probability=0.0)
+    step = _step(kernel, potential, State(positions=frames[:INTERNAL_BATCH]))
+    parameters = sum(value.numel() for value in flow.parameters())
+    facts = {"batch": INTERNAL_BATCH, "parameters": parameters, "peak_memory_MiB": _memory_MiB(step)}
+    return Part(facts=facts, calls={STEP: (step, INTERNAL_BATCH)})
 
 
 # The serial sampler: the equations of the module docs, one after another.
@@ -327,9 +365,8 @@ def _plain_base(value: Tensor, log_scale: Tensor) -> Tensor:
     return torch.distributions.Normal(torch.zeros(()), log_scale.exp()).log_prob(value).sum()
 
 
-def _serial(flow: CartesianFlow, molecule: Prepared) -> dict[str, Any]:
-    """Return rates of the serial sampler, and how its log-densities agree with the batched ones."""
-    _reset_peak()
+def _serial(flow: CartesianFlow, molecule: Prepared) -> Part:
+    """Return the serial sampler, and how its log-densities agree with the batched ones."""
     proposal = flow.bind(molecule.system)
     elements, x = proposal.elements, torch.from_numpy(molecule.positions).float()
     generator = torch.Generator().manual_seed(0)
@@ -349,12 +386,11 @@ def _serial(flow: CartesianFlow, molecule: Prepared) -> dict[str, Any]:
         log_r = log_ratio - (both[1] - both[0]) / _kT()
         return bool(torch.rand((), generator=generator).log() < log_r)
 
-    return {
-        "flow_proposals_per_s": _rate(propose, 1),
-        "step_proposals_per_s": _rate(step, 1),
+    facts = {
         "largest_log_q_difference": _agreement(proposal, x, elements),
-        "peak_memory_MiB": _peak_MiB(),
+        "peak_memory_MiB": _memory_MiB(propose, step),
     }
+    return Part(facts=facts, calls={FLOW: (propose, 1), STEP: (step, 1)})
 
 
 def _agreement(proposal: CartesianProposal, x: Tensor, elements: Tensor, count: int = 4) -> float:
@@ -366,23 +402,6 @@ def _agreement(proposal: CartesianProposal, x: Tensor, elements: Tensor, count: 
         float(plain_log_prob(proposal.flow, there, v, x, elements)) for there, v in zip(y.positions, y.velocities, strict=True)
     ]
     return float((log_q - torch.tensor(plain)).abs().max())
-
-
-def _reset_peak() -> None:
-    """Make the system forget the highest memory use so far, where it can (Linux)."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return
-
-
-def _peak_MiB() -> int | None:
-    """Return the highest resident memory since `_reset_peak`, in MiB; None where the system does not say."""
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-    except OSError:
-        return None
-    return next((int(line.split()[1]) // 2**10 for line in lines if line.startswith("VmHWM:")), None)
 
 
 def _process_peak_MiB() -> int:
@@ -405,16 +424,16 @@ def table(result: dict[str, Any]) -> str:
         (f"internal, {internal['batch']} chains", internal),
     )
     for name, row in rows:
-        alone = f"{row['flow_proposals_per_s']:.1f}" if "flow_proposals_per_s" in row else "-"
-        lines.append(f"  {name:<34}{alone:>12}{row['step_proposals_per_s']:>12.1f}{row['peak_memory_MiB'] or '-':>8}")
+        alone = f"{row[FLOW]:.1f}" if FLOW in row else "-"
+        lines.append(f"  {name:<34}{alone:>12}{row[STEP]:>12.1f}{row['peak_memory_MiB'] or '-':>8}")
     lines.append(
         f"  cartesian uses {share['performed']:.0%} of the matrix-product peak ({share['nominal']:.0%} counted without folding)"
     )
     lines += [f"  {name.replace('_', ' ')}: {value:.2f}" for name, value in result["ratios"].items()]
-    lines += [f"  batch {row['batch']:>3}: {row['flow_proposals_per_s']:.1f} proposals/s" for row in result["by_batch"]]
+    lines += [f"  batch {row['batch']:>3}: {row[FLOW]:.1f} proposals/s" for row in result["by_batch"]]
     for row in result["by_atoms"]:
-        step = row["internal_energies_not_compiled"].get("step_proposals_per_s")
+        step = row[NOT_COMPILED].get(STEP)
         shown = "not measured" if step is None else f"{step:.0f}"
-        rate = row["cartesian"]["flow_proposals_per_s"]
+        rate = row["cartesian"][FLOW]
         lines.append(f"  {row['atoms']:>3} atoms: cartesian {rate:.1f}, internal step (energies not compiled) {shown}")
     return "\n".join(lines)
