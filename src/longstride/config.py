@@ -185,6 +185,11 @@ class ChainsConfig(Section):
 class TransferConfig(Section):
     """The transferable flow: one torsion network for every peptide."""
 
+    train: tuple[str, ...] = Field((), description="sequences of the training peptides; none: each system trains its own flow")
+    validation: tuple[str, ...] = Field((), description="sequences of peptides held out from training, for the metrics")
+    rounds: int = Field(
+        1, ge=1, description="chains and training in turn: the chains of each round propose with the flow before"
+    )
     max_steps: int = Field(6000, ge=1, description="optimiser steps; the learning rate falls to zero at the last")
     molecules_per_step: int = Field(4, ge=1, description="peptides in a batch")
     samples_per_molecule: int = Field(64, ge=1, description="samples of each peptide in a batch")
@@ -194,7 +199,7 @@ class TransferConfig(Section):
     width: int = Field(64, ge=8, description="width of tokens and atom vectors")
     heads: int = Field(4, ge=1, description="attention heads")
     layers: int = Field(3, ge=1, description="causal layers over the torsions")
-    rounds: int = Field(4, ge=1, description="message rounds along the bonds")
+    message_rounds: int = Field(4, ge=1, description="message rounds along the bonds")
     components: int = Field(12, ge=1, description="wrapped-normal components per torsion")
     ema_decay: float = Field(0.998, ge=0, lt=1, description="exponential moving average of the weights")
     metrics_every_steps: int = Field(250, ge=1, description="optimiser steps between rows of metrics.csv")
@@ -354,21 +359,21 @@ class FreeEnergyConfig(Section):
     enabled: bool = Field(
         default=True, description="whether a run makes it; a molecule without (phi, psi), or with proline there, gets none"
     )
-    windows: tuple[int, int] = Field((36, 12), description="umbrella windows along phi and psi, even numbers")
-    stiffness_kJ_per_mol: tuple[float, float] = Field((250.0, 30.0), description="restraints k (1 - cos) of phi and psi")
-    length_ps: float = Field(15.0, gt=0, description="length of every window's trajectory")
-    equilibration_ps: float = Field(3.0, ge=0, description="discarded start of every window's trajectory")
+    windows: tuple[int, int] = Field((36, 24), description="umbrella windows along phi and psi, even numbers")
+    stiffness_kJ_per_mol: tuple[float, float] = Field((250.0, 100.0), description="restraints k (1 - cos) of phi and psi")
+    length_ps: float = Field(6.0, gt=0, description="length of every window's trajectory")
+    equilibration_ps: float = Field(2.0, ge=0, description="discarded start of every window's trajectory")
     timestep_fs: float = Field(2.0, gt=0, le=8, description="integration step")
     friction_per_ps: float = Field(2.0, gt=0, description="Langevin friction")
     hydrogen_mass_Da: float | None = Field(3.024, ge=1, le=4, description="hydrogen mass; null keeps 1.008")
     save_every_ps: float = Field(0.1, gt=0, description="time between samples, and between attempts to exchange neighbours")
     bins: int = Field(72, ge=24, le=360, description="bins per torsion in WHAM, an even number")
-    bootstrap: int = Field(50, ge=20, description="bootstrap replicates over blocks of time")
+    bootstrap: int = Field(40, ge=20, description="bootstrap replicates over blocks of time")
     energies: Energies = Field("batched", description=ENERGIES)
     compile_energy: bool | None = Field(
         None, description="compile the target energy, several times faster after 10-40 s; null: where a C++ compiler is found"
     )
-    checkpoint_every_ps: float = Field(3.0, gt=0, description="simulated time between checkpoints")
+    checkpoint_every_ps: float = Field(1.0, gt=0, description="simulated time between checkpoints")
 
     @model_validator(mode="after")
     def _fits(self) -> FreeEnergyConfig:
@@ -428,8 +433,15 @@ class Config(Section):
         for system in self.systems:
             if system.name == name:
                 return system
+        if name in self.peptides:
+            return SystemConfig(name=name, sequence=name)
         known = ", ".join(system.name for system in self.systems)
         raise ConfigError(f"no system {name!r} in the configuration; known: {known}")
+
+    @property
+    def peptides(self) -> tuple[str, ...]:
+        """Sequences of the training and validation peptides of the transferable flow; they are systems without a method."""
+        return (*self.transfer.train, *self.transfer.validation)
 
     @property
     def run_folder(self) -> Path:

@@ -7,11 +7,13 @@ from scipy.sparse.csgraph import connected_components
 
 from longstride.errors import DataError
 
-TOLERANCE = 1e-10  # of window populations, relative to the samples of all windows
+TOLERANCE = 1e-10
 ITERATIONS = 200
 
 
-def unbiased(counts: np.ndarray, bias: np.ndarray, start: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+def unbiased(
+    counts: np.ndarray, bias: np.ndarray, start: np.ndarray | None = None, *, tolerance: float = TOLERANCE
+) -> tuple[np.ndarray, np.ndarray]:
     """Return the unbiased probabilities [bin], sum 1, and the free energies [window] of the windows in kT.
 
     Equations, N_k samples of window k, H_b samples in bin b, u_kb the bias of window k in bin b in kT:
@@ -22,7 +24,8 @@ def unbiased(counts: np.ndarray, bias: np.ndarray, start: np.ndarray | None = No
     Args:
         counts: [window, bin] samples; need not be whole numbers.
         bias: [window, bin] restraint energy at the bin's centre over kT.
-        start: [window] first guess of f.
+        start: [window] first guess of f, from connected windows.
+        tolerance: largest error of a window's expected samples, relative to the samples of all windows.
 
     Raises:
         DataError: some window has no sample, or the windows do not overlap.
@@ -35,7 +38,7 @@ def unbiased(counts: np.ndarray, bias: np.ndarray, start: np.ndarray | None = No
         f = _self_consistent(f, samples, histogram, bias, rounds=20)
     value, gradient, hessian = _objective(f, samples, histogram, bias)
     for _ in range(ITERATIONS):
-        if np.abs(gradient).max() <= TOLERANCE * samples.sum():
+        if np.abs(gradient).max() <= tolerance * samples.sum():
             if start is None and not _connected(overlap_matrix(counts, bias, f)):
                 break
             return _probability(f, samples, histogram, bias), f - f[0]
