@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import errno
-import hashlib
 import os
 import sys
 from functools import partial
@@ -131,14 +130,16 @@ def _add_transfer(commands: Any) -> None:  # noqa: ANN401 - argparse keeps its s
     summary = "exact chains of a peptide, with a transferable flow or torsion moves alone"
     chains = _command(commands, "chains", _chains, summary, cfg.ChainsConfig)
     _folders(chains, "prepared", "out", "state")
-    chains.add_argument("--flow", type=Path, metavar="FILE", help="transferable flow (default: none, torsion moves alone)")
+    chains.add_argument(
+        "--flow", type=Path, metavar="DIR", help="folder of train-transfer (default: none, torsion moves alone)"
+    )
     transfer = _command(
         commands, "train-transfer", _train_transfer, "exact chains of many peptides -> transferable flow", cfg.TransferConfig
     )
     _folders(transfer, "out", "state")
     pair = "prepare and chains folders, joined by a colon: PREPARED:CHAINS"
     transfer.add_argument("--training", nargs="+", required=True, metavar="PAIR", help=f"training peptides: {pair}")
-    transfer.add_argument("--validation", nargs="*", default=[], metavar="PAIR", help="held-out peptides, likewise")
+    transfer.add_argument("--held-out", nargs="*", default=[], metavar="PAIR", help="held-out peptides, likewise")
 
 
 def _add_sample(commands: Any) -> None:  # noqa: ANN401 - argparse keeps its subparser type private
@@ -154,9 +155,7 @@ def _add_sample(commands: Any) -> None:  # noqa: ANN401 - argparse keeps its sub
     sample.add_argument(
         "--reference", type=Path, metavar="DIR", help="folder of the reference stage; a transferable flow can do without"
     )
-    sample.add_argument(
-        "--flow", type=Path, metavar="DIR", help="folder of a flow (timewarp, explore)"
-    )
+    sample.add_argument("--flow", type=Path, metavar="DIR", help="folder of a flow (timewarp, explore)")
     sample.add_argument("--distill", type=Path, metavar="DIR", help="folder of the distill stage (mts)")
     lines = []
     for method, section in cfg.SampleConfig.model_fields.items():
@@ -336,16 +335,15 @@ def _chains(options: argparse.Namespace) -> None:
     job = {**_folders_of(options, "prepared"), "flow": options.flow, "threads": options.threads}
     job["seed"] = _seed(config, "chains", name)
     make = partial(chains.run_chains, config.chains, physics=config.physics, **job)
-    flow = None if options.flow is None else hashlib.sha256(options.flow.read_bytes()).hexdigest()
-    view = {**cfg.stage_view(config, "chains"), "flow": flow}
-    _once(options, module="chains", view=view, inputs=[options.prepared], make=make)
+    folders = [folder for folder in (options.prepared, options.flow) if folder]
+    _once(options, module="chains", view=cfg.stage_view(config, "chains"), inputs=folders, make=make)
 
 
 def _train_transfer(options: argparse.Namespace) -> None:
     from longstride.stages import train_transfer
 
     config = _load(options, "transfer")
-    training, validation = ([_pair(text) for text in texts] for texts in (options.training, options.validation))
+    training, validation = ([_pair(text) for text in texts] for texts in (options.training, options.held_out))
     job = {"training": training, "validation": validation, **_folders_of(options), "threads": options.threads}
     make = partial(train_transfer.run, config.transfer, **job, seed=_seed(config, "transfer"))
     view = {**cfg.stage_view(config, "transfer"), "held_out": len(validation)}

@@ -38,6 +38,7 @@ MODULES = {
     "mts": "sample_mts",
     "sts": "sample_mts",
     "summary": "compare",
+    "transfer": "train_transfer",
 }
 
 

@@ -52,7 +52,9 @@ def features(prepared):
 @pytest.fixture(scope="module")
 def network():
     torch.manual_seed(0)
-    model = TorsionNetwork(TorsionArchitecture(lags_ps=(10.0,), width=16, heads=2, layers=2, rounds=2, components=4)).double()
+    model = TorsionNetwork(
+        TorsionArchitecture(lags_ps=(10.0,), width=16, heads=2, layers=2, message_rounds=2, components=4)
+    ).double()
     with torch.no_grad():
         for value in model.parameters():
             value.add_(0.2 * torch.randn(value.shape))

@@ -81,7 +81,7 @@ def molecule():
 @functools.cache
 def network():
     torch.manual_seed(0)
-    model = TorsionNetwork(TorsionArchitecture(lags_ps=(1.0,), width=16, heads=2, layers=1, rounds=1, components=3))
+    model = TorsionNetwork(TorsionArchitecture(lags_ps=(1.0,), width=16, heads=2, layers=1, message_rounds=1, components=3))
     with torch.no_grad():
         for value in model.parameters():
             value.add_(0.2 * torch.randn(value.shape))

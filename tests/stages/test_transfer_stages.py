@@ -20,7 +20,7 @@ from molecules import PHYSICS
 
 CHAINS = ChainsConfig(chains=16, steps=24, burn_in=8, save_every=4, compile_energy=False, checkpoint_every=8)
 TRANSFER = TransferConfig(
-    max_steps=60, molecules_per_step=2, samples_per_molecule=32, width=16, heads=2, layers=1, rounds=1, components=4,
+    max_steps=60, molecules_per_step=2, samples_per_molecule=32, width=16, heads=2, layers=1, message_rounds=1, components=4,
     metrics_every_steps=20, checkpoint_every_steps=20, warm_up_steps=5, learning_rate=0.01, ema_decay=0.9,
 )  # fmt: skip
 PEPTIDES = ("ACE-GLY-NME", "GA", "AG")
@@ -79,7 +79,7 @@ def test_training_lowers_the_loss_of_a_held_out_peptide(trained):
 
 def test_a_trained_flow_proposes_for_an_unseen_peptide(folders, trained):
     section = CHAINS.model_copy(update={"flow_probability": 0.5, "steps": 40})
-    out = make_chains(folders / "AG", folders / "second", section=section, flow=trained / "model.safetensors")
+    out = make_chains(folders / "AG", folders / "second", section=section, flow=trained)
     rates = read_manifest(out, kind="samples")["acceptance_by_label"]
     assert set(rates) == {MOVES, "independent"}
     assert rates["independent"] > 0
@@ -132,15 +132,16 @@ def test_training_continues_with_the_same_weights(folders, trained, monkeypatch,
 
 
 def test_refusals_are_one_line(folders, trained, tmp_path):
-    model = trained / "model.safetensors"
     with pytest.raises(DataError, match=r"temperature \(K\) of 310.0, not 320.0"):
-        make_chains(folders / "AG", tmp_path / "hot", flow=model, physics=PhysicsConfig(temperature_K=320.0))
+        make_chains(folders / "AG", tmp_path / "hot", flow=trained, physics=PhysicsConfig(temperature_K=320.0))
     without_cutoff = tmp_path / "AG-no-cutoff"
     save_prepared(without_cutoff, prepare_sequence("AG", name="AG", **{**PHYSICS, "cutoff_nm": None}), {})
     with pytest.raises(DataError, match=r"cutoff \(nm\) of 2.0, not None"):
-        make_chains(without_cutoff, tmp_path / "vacuum", flow=model)
+        make_chains(without_cutoff, tmp_path / "vacuum", flow=trained)
+    with pytest.raises(DataError, match="describes 'samples', expected 'transferable'"):
+        make_chains(folders / "AG", tmp_path / "wrong", flow=folders / "chains-AG")
     with pytest.raises(DataError, match="not a transferable flow"):
-        make_chains(folders / "AG", tmp_path / "wrong", flow=folders / "chains-AG" / "samples.safetensors")
+        load_transferable(folders / "chains-AG" / "samples.safetensors")
     with pytest.raises(DataError, match="AG: both a training and a held-out peptide"):
         train(folders, tmp_path / "model", training=("AG", "GA"), validation=("AG",))
     with pytest.raises(DataError, match="belongs to another molecule"):

@@ -90,12 +90,17 @@ def test_dry_run_plans_every_stage_without_importing_the_science_or_writing(conf
     assert "status 0" in text, text
     assert "heavy []" in text
     assert _files(folder) == []
-    sample = load_config(config).sample
+    loaded = load_config(config)
+    sample, transfer = loaded.sample, loaded.transfer
     needed = ("distill",) if "mts" in sample.methods else ()
-    for stage in ("prepare", "reference", "shard", "train-flow", *needed, "compare", "report"):
+    flow = ("chains", "train-transfer") if transfer.train else ("shard", "train-flow")
+    for stage in ("prepare", "reference", *flow, *needed, "compare", "report"):
         assert f"{stage}: " in text
-    for method in sample.methods:
-        assert text.count(f"sample: {method} of alanine-dipeptide") == sample.seeds
+    for system in loaded.systems:
+        for method in sample.methods:
+            assert text.count(f"sample: {method} of {system.name},") == sample.seeds
+    assert text.count("train-transfer: one flow") == transfer.rounds * bool(transfer.train)
+    assert text.count("chains: exact chains of") == transfer.rounds * len(loaded.peptides)
 
 
 def test_every_command_of_the_rules_is_one_the_command_line_accepts(cases):
@@ -168,7 +173,7 @@ def test_slurm_profile_does_not_depend_on_an_accounting_database():
 def test_rules_are_uniform():
     rules = "\n".join(path.read_text() for path in sorted((ROOT / "workflow" / "rules").glob("*.smk")))
     blocks = re.split(r"^rule ", rules, flags=re.MULTILINE)[1:]
-    assert len(blocks) == 12
+    assert len(blocks) == 14
     for block in blocks:
         for part in ("output:", "log:", "benchmark:", "conda:", "threads:", "mem_mb=", "runtime=", "params:", "message:"):
             assert part in block, (block.splitlines()[0], part)

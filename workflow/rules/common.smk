@@ -19,6 +19,7 @@ def or_exit(function, *arguments, **keywords):
 RUN = or_exit(runs.open_run, config, in_job=not workflow.is_main_process)
 SESSION = runs.Session(RUN)
 SYSTEMS = [system.name for system in RUN.config.systems]
+TRANSFER = RUN.config.transfer
 
 
 def job_key(stage, **fixed):
@@ -38,6 +39,36 @@ def flag_of(flag, name):
     ]
 
 
+def earlier_flow(wildcards):
+    """Return the flow of the round before, or nothing in the first round."""
+    before = int(wildcards.round) - 1
+    return [] if before < 0 else [f"{RUN.folder}/transfer/round{before}/manifest.json"]
+
+
+def peptide_folders(split):
+    """Return the manifests of the prepare and chains stages of all peptides of a split, in pairs."""
+    return lambda wildcards: [
+        f"{RUN.folder}/{folder}/{name}/manifest.json"
+        for name in getattr(TRANSFER, split)
+        for folder in ("prepare", f"chains/round{wildcards.round}")
+    ]
+
+
+def pairs_of(name):
+    """Return the folders of the files in the input of that name, two by two."""
+    return lambda wildcards, input: [
+        f"{os.path.dirname(first)}:{os.path.dirname(second)}"
+        for first, second in zip(input[name][::2], input[name][1::2])
+    ]
+
+
+def flow_of(wildcards):
+    """Return the flow that samples a system: the transferable one where one is trained, else its own."""
+    last = f"transfer/round{TRANSFER.rounds - 1}"
+    folder = last if TRANSFER.train else f"flow/{wildcards.system}"
+    return f"{RUN.folder}/{folder}/manifest.json"
+
+
 # two lines per job that say nothing
 logger.addFilter(
     lambda record: not str(record.msg).startswith(("Select jobs to", "Execute "))
@@ -49,8 +80,9 @@ pathvars:
 
 
 wildcard_constraints:
-    system="|".join(SYSTEMS),
+    system="|".join(dict.fromkeys([*SYSTEMS, *RUN.config.peptides])),
     seed=r"\d+",
+    round=r"\d+",
 
 
 localrules:

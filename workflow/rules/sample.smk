@@ -36,7 +36,7 @@ rule sample_flow:
     input:
         prepared="<run>/prepare/{system}/manifest.json",
         reference="<run>/reference/{system}/manifest.json",
-        flow="<run>/flow/{system}/manifest.json",
+        flow=flow_of,
     output:
         manifest="<run>/sample/{system}/{method}/seed{seed}/manifest.json",
     log:

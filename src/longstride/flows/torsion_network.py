@@ -40,7 +40,7 @@ class TorsionArchitecture:
         heads: attention heads.
         layers: causal layers over the torsions drawn so far.
         condition_layers: bidirectional layers over the torsions of x.
-        rounds: message rounds along the bonds.
+        message_rounds: rounds of messages along the bonds.
         components: wrapped normals per torsion.
     """
 
@@ -49,7 +49,7 @@ class TorsionArchitecture:
     heads: int = 4
     layers: int = 3
     condition_layers: int = 1
-    rounds: int = 4
+    message_rounds: int = 4
     components: int = 12
 
     @property
@@ -168,7 +168,7 @@ class TorsionNetwork(nn.Module):
     def __init__(self, architecture: TorsionArchitecture) -> None:
         super().__init__()
         self.architecture = size = architecture
-        self.atoms = AtomEncoder(size.width, size.rounds)
+        self.atoms = AtomEncoder(size.width, size.message_rounds)
         self.tokens = TokenEncoder(size.width)
         self.start = nn.Parameter(torch.zeros(2 * HARMONICS))
         self.enter = _perceptron(2 * size.width + 2 * HARMONICS, size.width, size.width)

@@ -12,7 +12,7 @@ import torch
 
 from longstride.data.atomic import write_arrays
 from longstride.data.checkpoint import fingerprint, open_state
-from longstride.data.manifest import write_manifest
+from longstride.data.manifest import read_manifest, write_manifest
 from longstride.fingerprints import code_version
 from longstride.flows.transferable import BoundMolecule, TorsionMoves, bind_all
 from longstride.flows.transferable_checkpoint import Physics, load_transferable
@@ -22,6 +22,7 @@ from longstride.mcmc.run import Saved, Schedule, Tally, run
 from longstride.mcmc.timewarp import MOVES, flow_moves
 from longstride.provenance import provenance
 from longstride.seeds import job_seed
+from longstride.stages.flow_models import WEIGHTS
 from longstride.stages.target import target_potential
 from longstride.state import State
 from longstride.systems import load_prepared
@@ -54,7 +55,7 @@ def run_chains(
         section: lengths and probabilities.
         physics: temperature; the force field is that of `prepared`.
         prepared: folder of the prepare stage.
-        flow: transferable flow (safetensors), or None for torsion moves alone.
+        flow: folder of the train-transfer stage, or None for torsion moves alone.
         out: folder to write.
         state: folder for checkpoints.
         seed: of the job.
@@ -67,9 +68,10 @@ def run_chains(
     torch.set_num_threads(min(threads, THREADS))
     molecule = load_prepared(prepared)
     kT = thermal_energy(physics.temperature_K)
-    network = None
+    network, files = None, None
     if flow is not None:
-        network, trained_on = load_transferable(flow)
+        files = read_manifest(flow, kind="transferable")["files"]
+        network, trained_on = load_transferable(flow / WEIGHTS)
         trained_on.check(Physics.of(molecule, physics.temperature_K), path=flow)
     potential = target_potential(molecule, section.energies, compile=section.compile_energy, key="chains.energies")
     bound = BoundMolecule.of(molecule, potential, kT=kT)
@@ -78,8 +80,7 @@ def run_chains(
         len(bound.states), (section.chains,), generator=torch.Generator().manual_seed(job_seed(seed, "starts"))
     )
     chains = start_chains(boltzmann(potential, kT), State(positions=bound.states[chosen]))
-    identity = None if flow is None else fingerprint(flow.read_bytes().hex())
-    key = fingerprint(section.model_dump(), molecule.system_hash, physics.temperature_K, identity, seed, code_version("chains"))
+    key = fingerprint(section.model_dump(), molecule.system_hash, physics.temperature_K, files, seed, code_version("chains"))
     schedule = Schedule(
         steps=section.steps,
         burn_in=section.burn_in,
@@ -91,7 +92,7 @@ def run_chains(
         saved, tally = run(
             kernel, chains, schedule, generator=generator, folder=folder, label=f"chains of {molecule.system.name}"
         )
-        content = {"temperature_K": physics.temperature_K, "flow": identity, "seed": seed, "save_every": section.save_every}
+        content = {"temperature_K": physics.temperature_K, "flow": files, "seed": seed, "save_every": section.save_every}
         _write(out, saved, tally, molecule=molecule, kernel=kernel, content=content)
         folder.clear()
 

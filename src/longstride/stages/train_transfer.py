@@ -117,7 +117,11 @@ def _one_physics(loaded: Sequence[tuple[MoleculeSamples, Physics, dict[str, Any]
 
 def _network(section: TransferConfig, seed: int) -> TorsionNetwork:
     sizes = TorsionArchitecture(
-        width=section.width, heads=section.heads, layers=section.layers, rounds=section.rounds, components=section.components
+        width=section.width,
+        heads=section.heads,
+        layers=section.layers,
+        message_rounds=section.message_rounds,
+        components=section.components,
     )
     with torch.random.fork_rng(devices=[]):  # layers initialise from torch's global stream; leave that as it was
         torch.manual_seed(seed)
