@@ -186,9 +186,10 @@ def unflipped(move, friction):
     return replace(right, step=step)
 
 
+@pytest.mark.slow
 def test_velocities_that_are_not_turned_on_rejection_are_detected():
     move = replace(dynamics(TILTED, dt=0.05, steps=1), masses=torch.ones(2, dtype=torch.float64))
-    observe = {"chains": 1500, "steps": 250, "burn_in": 60}
+    observe = {"chains": 2000, "steps": 400, "burn_in": 100}
     mean, error = averages(unflipped(move, 0.5), TILTED, side, **observe)
     assert ((mean - truth_of_side()).abs() > 5 * error).any(), (mean, truth_of_side(), error)
     mean, error = averages(ghmc(move, friction=0.5), TILTED, side, **observe)
