@@ -361,9 +361,9 @@ class FreeEnergyConfig(Section):
     )
     windows: tuple[int, int] = Field((36, 24), description="umbrella windows along phi and psi, even numbers")
     stiffness_kJ_per_mol: tuple[float, float] = Field((250.0, 100.0), description="restraints k (1 - cos) of phi and psi")
-    length_ps: float = Field(6.0, gt=0, description="length of every window's trajectory")
-    equilibration_ps: float = Field(2.0, ge=0, description="discarded start of every window's trajectory")
-    timestep_fs: float = Field(2.0, gt=0, le=8, description="integration step")
+    length_ps: float = Field(12.0, gt=0, description="length of every window's trajectory")
+    equilibration_ps: float = Field(4.0, ge=0, description="discarded start of every window's trajectory")
+    timestep_fs: float = Field(4.0, gt=0, le=8, description="integration step")
     friction_per_ps: float = Field(2.0, gt=0, description="Langevin friction")
     hydrogen_mass_Da: float | None = Field(3.024, ge=1, le=4, description="hydrogen mass; null keeps 1.008")
     save_every_ps: float = Field(0.1, gt=0, description="time between samples, and between attempts to exchange neighbours")
@@ -373,7 +373,7 @@ class FreeEnergyConfig(Section):
     compile_energy: bool | None = Field(
         None, description="compile the target energy, several times faster after 10-40 s; null: where a C++ compiler is found"
     )
-    checkpoint_every_ps: float = Field(1.0, gt=0, description="simulated time between checkpoints")
+    checkpoint_every_ps: float = Field(2.0, gt=0, description="simulated time between checkpoints")
 
     @model_validator(mode="after")
     def _fits(self) -> FreeEnergyConfig:
