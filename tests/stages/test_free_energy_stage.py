@@ -26,7 +26,8 @@ from longstride.systems import prepare_sequence, save_prepared
 from molecules import PHYSICS
 
 SHORT = {
-    "windows": (8, 4), "stiffness_kJ_per_mol": (10.0, 2.0), "timestep_fs": 2.0, "length_ps": 0.2, "equilibration_ps": 0.04, "save_every_ps": 0.01,
+    "windows": (8, 4), "stiffness_kJ_per_mol": (10.0, 2.0),
+    "timestep_fs": 2.0, "length_ps": 0.2, "equilibration_ps": 0.04, "save_every_ps": 0.01,
     "bins": 24, "bootstrap": 20, "compile_energy": False, "checkpoint_every_ps": 0.04,
 }  # fmt: skip
 
