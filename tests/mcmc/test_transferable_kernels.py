@@ -13,6 +13,7 @@ from openmm import app
 from longstride.flows.torsion_network import TorsionArchitecture, TorsionNetwork
 from longstride.flows.transferable import BoundMolecule, TorsionMoves, TransferableProposal, bind
 from longstride.mcmc.metropolis import boltzmann, metropolis, start_chains
+from longstride.mcmc.partial import partial_refresh
 from longstride.potentials.amber import AmberPotential
 from longstride.state import State, System
 from longstride.systems import Prepared
@@ -134,6 +135,15 @@ def test_flow_proposals_are_exact(label):
 
 def test_torsion_moves_are_exact():
     found, accepted = deviations(moves_kernel())
+    assert accepted > 0.1
+    assert max(map(abs, found.values())) < 5, found
+
+
+@pytest.mark.parametrize("correlation", [0.5, 0.95])
+def test_flow_proposals_that_keep_latent_noise_are_exact(correlation):
+    proposal = bind(network(), molecule(), label=1)
+    log_density = boltzmann(molecule().gaussian.target.potential, KT)
+    found, accepted = deviations(partial_refresh(log_density, proposal, correlation=correlation))
     assert accepted > 0.1
     assert max(map(abs, found.values())) < 5, found
 

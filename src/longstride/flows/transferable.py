@@ -130,14 +130,28 @@ class TransferableProposal:
         y, log_forward, _ = self.propose(x, generator)
         return y, log_forward
 
-    @torch.no_grad()
     def propose(self, x: State, generator: torch.Generator) -> tuple[State, Tensor, Tensor]:
         """Return y, log q(y | x) and log q(x | y); as `sample` and `log_prob`, each configuration converted only once."""
+        return self.propose_correlated(x, 0.0, generator)
+
+    @torch.no_grad()
+    def propose_correlated(self, x: State, correlation: float, generator: torch.Generator) -> tuple[State, Tensor, Tensor]:
+        """Return y whose stiff coordinates keep a part of the latent values of x, and the log-densities of `propose`.
+
+        z(y) = a z(x) + sqrt(1 - a^2) xi is reversible with respect to N(0, I), so the densities of a move that draws z anew
+        (a = 0) differ by what the acceptance ratio needs (see `longstride.mcmc.partial`).
+
+        Args:
+            x: current state.
+            correlation: a, 0 (all noise anew) to below 1.
+            generator: source of the draw.
+        """
         here = self.molecule.encode(x.positions)
         tokens = self.tokens.repeat(len(here.torsions))
         context = self._context(tokens, here.torsions)
         t, log_t = self.network.sample(tokens, context, generator)
-        z = torch.randn(here.latent.shape, generator=generator, dtype=torch.float64, device=generator.device)
+        noise = torch.randn(here.latent.shape, generator=generator, dtype=torch.float64, device=generator.device)
+        z = correlation * here.latent + math.sqrt(1 - correlation**2) * noise
         there = self.molecule.decode(t.double(), z, x.positions)
         log_backward = self._log_torsions(tokens, here.torsions, there.torsions) + here.log_stiff
         y = State(positions=there.positions.to(x.positions.dtype))
