@@ -1,6 +1,7 @@
 """The transferable flow: force-field features, the torsion network, the stiff density, and the bound proposal."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import openmm
@@ -8,7 +9,7 @@ import pytest
 import torch
 
 from longstride.errors import DataError
-from longstride.flows.stiff import narrow_torsions
+from longstride.flows.stiff import TorsionBasis, _thermal_torsions, calibrate, narrow_torsions
 from longstride.flows.torsion_features import PROFILE_HARMONICS, torsion_features
 from longstride.flows.torsion_network import TorsionArchitecture, TorsionNetwork
 from longstride.flows.transferable import BoundMolecule, TorsionMoves, bind
@@ -21,6 +22,7 @@ from molecules import PHYSICS
 
 KT = thermal_energy(310.0)
 SEQUENCES = ("AS", "ACE-PRO-NME")
+FITTED = 100
 
 
 @pytest.fixture(scope="module", params=SEQUENCES)
@@ -40,7 +42,7 @@ def bound(sequence):
     if sequence not in _BOUND:
         prepared = prepare_sequence(sequence, name=sequence, **PHYSICS)
         potential = AmberPotential.from_openmm(prepared.openmm_system, prepared.system, name="amber", dtype=torch.float64)
-        _BOUND[sequence] = BoundMolecule.of(prepared, potential, kT=KT)
+        _BOUND[sequence] = BoundMolecule.of(prepared, potential, kT=KT, fitted_states=FITTED)
     return _BOUND[sequence]
 
 
@@ -191,13 +193,45 @@ def test_stiff_density(molecule):
     gaussian = molecule.gaussian
     target = gaussian.target
     t, s = target.split(molecule.states)
-    mean = gaussian.mean(t)
-    z, log_q = gaussian.to_latent(s, mean)
-    back, again = gaussian.from_latent(z, mean)
+    conditional, mean = gaussian.at(t), gaussian.mean(t)
+    z, log_q = gaussian.to_latent(s, conditional)
+    back, again = gaussian.from_latent(z, conditional)
     assert target.difference(back, s).abs().max() < 1e-10
     assert torch.allclose(log_q, again)
-    normal = torch.distributions.MultivariateNormal(mean[0], scale_tril=gaussian.lower)
+    covariance = gaussian.lower @ torch.linalg.inv(conditional.factor[0] @ conditional.factor[0].T) @ gaussian.lower.T
+    normal = torch.distributions.MultivariateNormal(mean[0], covariance_matrix=covariance)
     assert torch.allclose(normal.log_prob(mean[0] + target.difference(s[0], mean[0])), log_q[0])
+
+
+def test_the_fitted_density_follows_the_torsions(serine):
+    """The spread of log p(s | t) - log q(s | t) at given torsions falls when minimum and covariance follow them."""
+    target = serine.gaussian.target
+    t = _thermal_torsions(serine.gaussian, target.split(serine.states)[0], 60, seed=9)
+    first, _ = calibrate(target.zmatrix, target.potential, reference=serine.prepared.positions, kT=KT)
+    # negative control: the fit of one torsion state applied at another
+    mislaid = replace(serine.gaussian, basis=Mislaid(pairs=serine.gaussian.basis.pairs))
+
+    z = torch.randn(12, len(t), target.n_stiff, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+    def spread(gaussian):
+        conditional = gaussian.at(t)
+        log_weight = []
+        for draw in z:
+            s, log_q = gaussian.from_latent(draw, conditional)
+            log_weight.append(target.log_density(t, s) - log_q)
+        weights = torch.stack(log_weight)
+        return (weights.quantile(0.75, dim=0) - weights.quantile(0.25, dim=0)).median().item()
+
+    fitted, constant, wrong = spread(serine.gaussian), spread(first), spread(mislaid)
+    assert fitted < 0.85 * constant
+    assert wrong > 1.2 * fitted
+
+
+class Mislaid(TorsionBasis):
+    """The basis at torsions of another state."""
+
+    def __call__(self, t):
+        return super().__call__(t.roll(1, 0))
 
 
 def test_gradient_of_the_internal_density(molecule):
@@ -208,8 +242,8 @@ def test_gradient_of_the_internal_density(molecule):
     assert torch.allclose(numeric, (target.gradient(t, s) * direction).sum(-1), rtol=1e-4, atol=1e-8)
 
 
-def test_the_newton_step_follows_the_strain(molecule):
-    """Torsions of low energy are relaxed already; random ones are strained, and one step takes most of it away."""
+def test_newton_steps_follow_the_strain(molecule):
+    """Torsions of low energy are relaxed already; random ones are strained, and the steps take most of it away."""
     gaussian = molecule.gaussian
     target = gaussian.target
     t = target.split(molecule.states)[0]

@@ -73,7 +73,7 @@ def truth():
 def molecule():
     chain = prepared()
     potential = AmberPotential.from_openmm(chain.openmm_system, chain.system, name="chain", dtype=torch.float64)
-    found = BoundMolecule.of(chain, potential, kT=KT)
+    found = BoundMolecule.of(chain, potential, kT=KT, fitted_states=30)
     # an imperfect density of the stiff coordinates: wrong centre, wrong widths
     gaussian = replace(found.gaussian, centre=found.gaussian.centre * 1.02, lower=found.gaussian.lower * 1.15)
     return replace(found, gaussian=gaussian)

@@ -3,14 +3,15 @@
 Given the free torsions t, the stiff coordinates s (bonds, angles, sibling offsets, ring closures) fluctuate by a few
 hundredths about a minimum of V(s, t) = U/kT - log(volume), nearly as a Gaussian:
 
-    q(s | t) = N(s; m(t), C),   m(t) = c - C g(t),   g(t) = dV/ds at (c, t)
+    q(s | t) = N(s; m(t), C(t)),   m(t) = m1(t) - C(t) g(m1(t), t),   m1(t) = m0(t) - C(t) g(m0(t), t),   g = dV/ds
 
-c and C are the mean minimum and the inverse mean Hessian of V over a few relaxed torsion states of the molecule, found
-once. m(t) is one Newton step towards the minimum for these torsions, one gradient of the potential: the force field says how
-each torsion state strains bonds and angles. So the density fits molecules that no network has seen, near and far
-contacts included. The step is bounded in standard deviations, so that overlapping atoms, whose gradients mean nothing,
-give a poor proposal and no overflow. The Hessian is that of the target itself (Laplace's approximation; Tierney and
-Kadane 1986, doi:10.1080/01621459.1986.10478240).
+m0(t), the minimum, and C(t), the inverse Hessian there, are smooth functions of the torsions. `calibrate` finds a first form
+of them, constants, from a few relaxed torsion states; `refine` fits both to the minima and Hessians of some hundred torsion
+states near thermal equilibrium, linearly in low harmonics of the torsions. Both happen once per molecule. m(t) is two
+Newton steps from m0(t), two gradients of the potential: the force field says how each torsion state strains bonds and angles.
+So the density fits molecules that no network has seen, near and far contacts included. Steps are bounded in standard
+deviations, so that overlapping atoms, whose gradients mean nothing, give a poor proposal and no overflow. The Hessian is
+that of the target itself (Laplace's approximation; Tierney and Kadane 1986, doi:10.1080/01621459.1986.10478240).
 
 Domain: as in `longstride.flows.internal`; a draw outside has log q = NaN and must be rejected.
 """
@@ -18,7 +19,7 @@ Domain: as in `longstride.flows.internal`; a draw outside has log q = NaN and mu
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -36,11 +37,19 @@ if TYPE_CHECKING:
     from longstride.state import System
 
 CHIRAL_SINE = 0.5  # offsets with a larger |sin| belong to tetrahedral atoms, where the sign is the handedness
-LARGEST_STEP = 4.0  # bound of the Newton step, standard deviations
+NEWTON_STEPS = 2  # where side chains meet, the second one repairs what the fitted minimum misses
+LARGEST_STEP = 4.0  # bound of a Newton step, standard deviations
 _CANDIDATES, _KEPT = 256, 16  # torsion states tried and relaxed to find c and C
 _STEPS = (1e-4, 1e-3)  # of finite differences: nm, radian
 _SOFTEST = 5.0  # smallest eigenvalue kept of a Hessian, in kT per squared unit
 _RELAX_CLIP = 3.0
+_WALK, _SNAPSHOTS = 90, 3  # steps of the walks that find torsion states to fit to, and states kept of each
+_REFINE_STEPS = 6
+_STIFFEST = 30.0  # largest ratio of a Hessian to the common one
+_SOFTEST_RATIO = 0.05  # and smallest
+_FEWEST = 0.5  # share of the states that must relax
+_RIDGE = 0.01  # damping per state, in units of the basis functions' squares
+_VARYING = 0.2  # share of the entries of M that follow the torsions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,61 +137,160 @@ class InternalTarget:
         return gradient.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
 
     def hessian(self, t: Tensor, s: Tensor) -> Tensor:
-        """Return d2V/ds2 of each configuration by central differences, [batch, stiff, stiff]."""
+        """Return d2V/ds2 of each configuration by forward differences, [batch, stiff, stiff]; one gradient per coordinate."""
         n = self.zmatrix.n_atoms
         steps = torch.full((self.n_stiff,), _STEPS[1], dtype=torch.float64)
         steps[: n - 1] = _STEPS[0]
         steps[torch.arange(n - 1, self.n_plain)[torch.from_numpy(~self.zmatrix.angular)]] = _STEPS[0]
         rows = []
         for torsions, stiff in zip(t, s, strict=True):
-            moved = torch.cat([stiff + torch.diag(steps), stiff - torch.diag(steps)])
-            plus, minus = self.gradient(torsions.expand(len(moved), -1), moved).chunk(2)
-            rows.append((plus - minus) / (2 * steps[:, None]))
+            moved = torch.cat([stiff[None], stiff + torch.diag(steps)])
+            slopes = self.gradient(torsions.expand(len(moved), -1), moved)
+            rows.append((slopes[1:] - slopes[0]) / steps[:, None])
         found = torch.stack(rows)
         return (found + found.transpose(1, 2)) / 2
 
 
 @dataclass(frozen=True, kw_only=True)
+class TorsionBasis:
+    """Smooth functions of the torsions: 1, cos and sin of each and of its double, and products for neighbouring torsions.
+
+    Attributes:
+        pairs: [2, pair] int64, torsions whose axes share an atom.
+    """
+
+    pairs: Tensor
+
+    @classmethod
+    def of(cls, zmatrix: ZMatrix) -> TorsionBasis:
+        """Return the basis of a molecule's free torsions."""
+        axes = [set(row[1:3]) for row in zmatrix.rows[zmatrix.free + 3].tolist()]
+        pairs = [(i, j) for i in range(len(axes)) for j in range(i) if axes[i] & axes[j]]
+        return cls(pairs=torch.tensor(pairs, dtype=torch.int64).reshape(-1, 2).T)
+
+    def __call__(self, t: Tensor) -> Tensor:
+        """Return the functions at torsions t [batch, torsion], [batch, function]."""
+        first, second = t[:, self.pairs[0]], t[:, self.pairs[1]]
+        products = [f(first) * g(second) for f in (torch.cos, torch.sin) for g in (torch.cos, torch.sin)]
+        return torch.cat([torch.ones_like(t[:, :1]), t.cos(), t.sin(), (2 * t).cos(), (2 * t).sin(), *products], -1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Response:
+    """Values [value] that follow the torsions, linear in a `TorsionBasis` and kept within what was seen.
+
+    Attributes:
+        coefficients: [function, value].
+        smallest: [value].
+        largest: [value].
+    """
+
+    coefficients: Tensor
+    smallest: Tensor
+    largest: Tensor
+
+    @classmethod
+    def fit(cls, functions: Tensor, values: Tensor) -> Response:
+        """Fit values [state, value] at functions [state, function] by ridge regression; the constant is not damped."""
+        damping = torch.full((functions.shape[1],), _RIDGE * len(functions), dtype=functions.dtype)
+        damping[0] = 0.0
+        coefficients = torch.linalg.solve(functions.T @ functions + torch.diag(damping), functions.T @ values)
+        return cls(coefficients=coefficients, smallest=values.amin(0), largest=values.amax(0))
+
+    def __call__(self, functions: Tensor) -> Tensor:
+        """Return the values, [batch, value]."""
+        return torch.maximum(torch.minimum(functions @ self.coefficients, self.largest), self.smallest)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conditional:
+    """q(s | t) at given torsions, in whitened coordinates u = L^-1 (s - c): u = mean + M^-T z, z normal.
+
+    Attributes:
+        mean: [batch, stiff].
+        factor: [batch or 1, stiff, stiff] M, the Cholesky factor of the precision of u.
+    """
+
+    mean: Tensor
+    factor: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
 class ForceFieldGaussian:
-    """q(s | t) of one molecule.
+    """q(s | t) of one molecule: s = c + L u with the minimum and the precision M M^T of u as functions of t.
 
     Attributes:
         target: the molecule's density.
         centre: [stiff] c.
-        lower: [stiff, stiff] Cholesky factor of C.
+        lower: [stiff, stiff] L, Cholesky factor of the common covariance.
+        factor: [stiff, stiff] common part of M, its diagonal as logarithms.
+        basis: functions of the torsions; None where m0 and C are constants.
+        minimum: u at the minimum.
+        entries: [2, entry] row and column of what varies of M.
+        varying: what varies of M, the diagonal as logarithms.
     """
 
     target: InternalTarget
     centre: Tensor
     lower: Tensor
+    factor: Tensor
+    basis: TorsionBasis | None = None
+    minimum: Response | None = None
+    entries: Tensor | None = None
+    varying: Response | None = None
+
+    def at(self, t: Tensor) -> Conditional:
+        """Return q(s | t) at torsions t [batch, torsion]; two gradients of the potential."""
+        raw, u = self.factor[None], t.new_zeros(len(t), len(self.centre))
+        if self.basis is not None and self.minimum is not None and self.varying is not None and self.entries is not None:
+            functions = self.basis(t)
+            u = self.minimum(functions)
+            raw = raw.repeat(len(t), 1, 1)
+            raw[:, self.entries[0], self.entries[1]] = self.varying(functions)
+        factor = raw.tril(-1) + torch.diag_embed(raw.diagonal(dim1=1, dim2=2).exp())
+        for _ in range(NEWTON_STEPS):
+            slope = self.target.gradient(t, self._unwhitened(u)) @ self.lower
+            step = torch.linalg.solve_triangular(factor, slope[..., None], upper=False)
+            u = u - _from_unit(factor, LARGEST_STEP * torch.tanh(step / LARGEST_STEP))
+        return Conditional(mean=u, factor=factor)
 
     def mean(self, t: Tensor) -> Tensor:
-        """Return m(t), [batch, stiff]; one gradient of the potential."""
-        s = self.centre.expand(len(t), -1)
-        step = self.target.gradient(t, s) @ self.lower
-        return s - (LARGEST_STEP * torch.tanh(step / LARGEST_STEP)) @ self.lower.T
+        """Return m(t), [batch, stiff]."""
+        return self._unwhitened(self.at(t).mean)
 
-    def from_latent(self, z: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
-        """Return s = m + L z and log q(s | t), [batch]."""
-        return mean + z @ self.lower.T, self._log_q(z)
+    def from_latent(self, z: Tensor, conditional: Conditional) -> tuple[Tensor, Tensor]:
+        """Return s [batch, stiff] of latent values z [batch, stiff], and log q(s | t), [batch]."""
+        u = conditional.mean + _from_unit(conditional.factor, z[..., None])
+        return self._unwhitened(u), self._log_q(z, conditional)
 
-    def to_latent(self, s: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
-        """Return z = L^-1 (s - m) and log q(s | t), [batch]."""
-        difference = self.target.difference(s, mean)
-        z = torch.linalg.solve_triangular(self.lower, difference.T, upper=False).T
-        return z, self._log_q(z)
+    def to_latent(self, s: Tensor, conditional: Conditional) -> tuple[Tensor, Tensor]:
+        """Return z [batch, stiff] of stiff coordinates s, and log q(s | t), [batch]."""
+        difference = self.target.difference(s, self._unwhitened(conditional.mean))
+        u = torch.linalg.solve_triangular(self.lower, difference.T, upper=False).T
+        z = (conditional.factor.mT @ u[..., None])[..., 0]
+        return z, self._log_q(z, conditional)
 
-    def _log_q(self, z: Tensor) -> Tensor:
-        return -0.5 * z.square().sum(-1) - self.lower.diagonal().log().sum() - 0.5 * z.shape[-1] * math.log(TWO_PI)
+    def _unwhitened(self, u: Tensor) -> Tensor:
+        return self.centre + u @ self.lower.T
+
+    def _log_q(self, z: Tensor, conditional: Conditional) -> Tensor:
+        log_scale = conditional.factor.diagonal(dim1=1, dim2=2).log().sum(-1) - self.lower.diagonal().log().sum()
+        return -0.5 * z.square().sum(-1) + log_scale - 0.5 * z.shape[-1] * math.log(TWO_PI)
+
+
+def _from_unit(factor: Tensor, z: Tensor) -> Tensor:
+    """Return M^-T z for columns z [batch, stiff, 1], [batch, stiff]."""
+    return torch.linalg.solve_triangular(factor.mT, z, upper=True)[..., 0]
 
 
 def calibrate(
     zmatrix: ZMatrix, potential: Potential, *, reference: np.ndarray, kT: float, seed: int = 0
 ) -> tuple[ForceFieldGaussian, Tensor]:
-    """Find c and C for a molecule, and torsion states of low energy.
+    """Find the first form of q(s | t) for a molecule, with constants m0 and C, and torsion states of low energy.
 
-    Random torsions are relaxed in s with the Hessian of the reference structure; c and C come from the best ones, relaxed
-    further. Torsions that are narrow by nature (amide bonds, puckers) stay near the reference.
+    Random torsions are relaxed in s with the Hessian of the reference structure; m0 and C are the mean minimum and the
+    inverse mean Hessian of the best ones, relaxed further. Torsions that are narrow by nature (amide bonds, puckers) stay
+    near the reference.
 
     Args:
         zmatrix: internal coordinates.
@@ -217,8 +325,95 @@ def calibrate(
         covariance = _covariance(target.hessian(t, s).mean(0))
         s = _relax(target, t, s, covariance, steps=4)
     centre = s_ref[0] + target.difference(s, s_ref).mean(0)
-    gaussian = ForceFieldGaussian(target=target, centre=centre, lower=torch.linalg.cholesky(covariance))
+    lower = torch.linalg.cholesky(covariance)
+    gaussian = ForceFieldGaussian(target=target, centre=centre, lower=lower, factor=torch.zeros_like(lower))
     return gaussian, target.place(t, s)[0]
+
+
+def refine(gaussian: ForceFieldGaussian, states: Tensor, *, count: int = 300, seed: int = 0) -> ForceFieldGaussian:
+    """Return q(s | t) whose minimum and covariance follow the torsions; some hundred thousand gradients of the potential.
+
+    Args:
+        gaussian: the first form, of `calibrate`.
+        states: [state, atom, 3] nm, relaxed torsion states.
+        count: torsion states to fit to.
+        seed: of these states.
+
+    Raises:
+        NumericsError: too few states relax.
+    """
+    target = gaussian.target
+    t = _thermal_torsions(gaussian, target.split(states)[0], count, seed)
+    s = _relax(target, t, gaussian.mean(t), gaussian.lower @ gaussian.lower.T, steps=_REFINE_STEPS)
+    whitened = gaussian.lower.T @ target.hessian(t, s) @ gaussian.lower
+    values = torch.linalg.eigvalsh(whitened)
+    # states that did not relax, or with clashes that no proposal should follow
+    usable = target.log_density(t, s).isfinite() & (values[:, 0] > -_STIFFEST) & (values[:, -1] < _STIFFEST)
+    if int(usable.sum()) < _FEWEST * count:
+        raise NumericsError(
+            f"too few torsion states of {target.potential.system.name!r} relax ({int(usable.sum())} of {count});"
+            " check its structure"
+        )
+    t, s, whitened = t[usable], s[usable], whitened[usable]
+    values, vectors = torch.linalg.eigh(whitened)
+    values = values.clamp(min=_SOFTEST_RATIO)
+    factor = torch.linalg.cholesky((vectors * values[:, None]) @ vectors.mT)
+    # the relaxation used one common Hessian; finish with each state's own
+    for _ in range(2):
+        step = torch.linalg.solve_triangular(factor, (target.gradient(t, s) @ gaussian.lower)[..., None], upper=False)
+        s = s - _from_unit(factor, LARGEST_STEP * torch.tanh(step / LARGEST_STEP)) @ gaussian.lower.T
+    return _fitted(gaussian, t, s, factor)
+
+
+def _fitted(gaussian: ForceFieldGaussian, t: Tensor, s: Tensor, factor: Tensor) -> ForceFieldGaussian:
+    """Fit the minima s [state, stiff] and the factors M [state, stiff, stiff]."""
+    basis = TorsionBasis.of(gaussian.target.zmatrix)
+    functions = basis(t)
+    difference = gaussian.target.difference(s, gaussian.centre)
+    u = torch.linalg.solve_triangular(gaussian.lower, difference.T, upper=False).T
+    raw = factor.tril(-1) + torch.diag_embed(factor.diagonal(dim1=1, dim2=2).log())
+    # most entries hardly move: those that carry least stay constant
+    spread = raw.std(0).tril()
+    kept = spread.flatten().argsort(descending=True)[: max(1, round(_VARYING * spread.numel() / 2))]
+    entries = torch.stack([kept // len(spread), kept % len(spread)])
+    varying = Response.fit(functions, raw[:, entries[0], entries[1]])
+    return replace(
+        gaussian,
+        factor=raw.mean(0),
+        basis=basis,
+        minimum=Response.fit(functions, u),
+        entries=entries,
+        varying=varying,
+    )
+
+
+def _thermal_torsions(gaussian: ForceFieldGaussian, t: Tensor, count: int, seed: int) -> Tensor:
+    """Return torsion states near thermal equilibrium, [count, torsion]: Metropolis walks on the density at m(t).
+
+    One or two torsions turn at a time. The walks need not be exact, only typical.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    target = gaussian.target
+
+    def uniform(*shape: int) -> Tensor:
+        return torch.rand(*shape, generator=generator, dtype=torch.float64)
+
+    t = t[torch.arange(count // _SNAPSHOTS + 1) % len(t)]
+    value = target.log_density(t, gaussian.mean(t))
+    kept = []
+    for step in range(1, _WALK + 1):
+        turn = torch.zeros_like(t)
+        for _ in range(2):
+            size = torch.where(uniform(len(t)) < 0.5, 2 * math.pi * uniform(len(t)), (uniform(len(t)) - 0.5))
+            chosen = torch.randint(t.shape[1], (len(t), 1), generator=generator)
+            turn.scatter_add_(1, chosen, torch.where(uniform(len(t)) < 0.7, size, 0.0)[:, None])
+        moved = wrap(t + turn)
+        there = target.log_density(moved, gaussian.mean(moved))
+        accepted = uniform(len(t)).log() < there - value
+        t, value = torch.where(accepted[:, None], moved, t), torch.where(accepted, there, value)
+        if step % (_WALK // _SNAPSHOTS) == 0:
+            kept.append(t)
+    return torch.cat(kept)[:count]
 
 
 def _covariance(hessian: Tensor) -> Tensor:

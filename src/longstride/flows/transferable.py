@@ -17,7 +17,7 @@ import torch
 
 from longstride.errors import DataError
 from longstride.flows.bound import BoundFlow
-from longstride.flows.stiff import ForceFieldGaussian, calibrate
+from longstride.flows.stiff import ForceFieldGaussian, calibrate, refine
 from longstride.flows.torsion_features import torsion_features
 from longstride.flows.zmatrix import build_zmatrix, place_in_frame
 from longstride.state import State
@@ -63,17 +63,18 @@ class BoundMolecule:
     states: Tensor
 
     @classmethod
-    def of(cls, prepared: Prepared, potential: Potential, *, kT: float) -> BoundMolecule:
-        """Find the stiff density of a molecule; some hundred gradients of the potential per stiff coordinate.
+    def of(cls, prepared: Prepared, potential: Potential, *, kT: float, fitted_states: int = 300) -> BoundMolecule:
+        """Find the stiff density of a molecule; some hundred gradients of the potential per stiff coordinate and state.
 
         Args:
             prepared: the molecule.
             potential: the target.
             kT: thermal energy, kJ/mol.
+            fitted_states: torsion states to which the stiff density is fitted; fewer are faster and accepted less.
         """
         zmatrix = build_zmatrix(prepared.system)
-        gaussian, states = calibrate(zmatrix, potential, reference=prepared.positions, kT=kT)
-        return cls(prepared=prepared, gaussian=gaussian, states=states)
+        first, states = calibrate(zmatrix, potential, reference=prepared.positions, kT=kT)
+        return cls(prepared=prepared, gaussian=refine(first, states, count=fitted_states), states=states)
 
     @property
     def system(self) -> System:
@@ -85,7 +86,7 @@ class BoundMolecule:
         target = self.gaussian.target
         here = x.double()
         t, s = target.split(here)
-        z, log_q = self.gaussian.to_latent(s, self.gaussian.mean(t))
+        z, log_q = self.gaussian.to_latent(s, self.gaussian.at(t))
         log_measure = target.zmatrix.log_measure(target.internals(t, s), here)
         log_stiff = torch.where(target.contains(s), log_q - log_measure, -torch.inf)
         return Encoded(positions=here, torsions=t, latent=z, log_stiff=log_stiff)
@@ -96,7 +97,7 @@ class BoundMolecule:
         log_stiff is NaN outside the domain and where a ring stays open: such a draw must be rejected.
         """
         target = self.gaussian.target
-        s, log_q = self.gaussian.from_latent(z, self.gaussian.mean(t))
+        s, log_q = self.gaussian.from_latent(z, self.gaussian.at(t))
         canonical, log_measure = target.place(t, s)
         y = place_in_frame(canonical, *target.zmatrix.frame(frame_of.double()))
         closed = canonical.isfinite().all(dim=(1, 2))  # an open ring has no positions
