@@ -151,11 +151,16 @@ def _add_sample(commands: Any) -> None:  # noqa: ANN401 - argparse keeps its sub
     sample.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of the method, such as --set chains=64"
     )
-    _folders(sample, "prepared", "out", "state")
+    _folders(sample, "out", "state")
+    sample.add_argument("--prepared", type=Path, metavar="DIR", help="folder of the prepare stage")
+    sample.add_argument("--sequence", help="instead of --prepared: AV, YLFP, ACE-ALA-NME, ...; prepared in <out>/prepared")
     sample.add_argument(
         "--reference", type=Path, metavar="DIR", help="folder of the reference stage; a transferable flow can do without"
     )
-    sample.add_argument("--flow", type=Path, metavar="DIR", help="folder of a flow (timewarp, explore)")
+    shipped = (
+        "folder of a flow (timewarp, explore); with --sequence by default the flow for peptides that comes with the package"
+    )
+    sample.add_argument("--flow", type=Path, metavar="DIR", help=shipped)
     sample.add_argument("--distill", type=Path, metavar="DIR", help="folder of the distill stage (mts)")
     lines = []
     for method, section in cfg.SampleConfig.model_fields.items():
@@ -368,6 +373,10 @@ def _sample(options: argparse.Namespace) -> None:
             raise ConfigError(f"--set takes KEY=VALUE, not {item!r}")
         setattr(options, f"set_{key}", text)
     config = _load(options, f"sample.{options.method}")
+    if options.sequence:
+        config = _prepared_here(options, config)
+    elif not options.prepared:
+        raise ConfigError("say which molecule: --prepared DIR, or --sequence such as AV")
     name = _system_name(options, config)
     seed = _seed(config, "sample", name, options.method, options.seed)
     inputs = sample.SampleInputs(
@@ -378,6 +387,23 @@ def _sample(options: argparse.Namespace) -> None:
     folders = [folder for folder in (options.prepared, options.reference, options.flow, options.distill) if folder]
     make = partial(sample.run, options.method, config, **job)
     _once(options, module=MODULES[options.method], view=view, inputs=folders, make=make)
+
+
+def _prepared_here(options: argparse.Namespace, config: cfg.Config) -> cfg.Config:
+    """Prepare the molecule of --sequence beside the samples, with the shipped flow where none is given."""
+    from longstride import weights
+    from longstride.stages import prepare
+
+    if options.prepared:
+        raise ConfigError("give either --prepared or --sequence")
+    name = options.system or options.sequence
+    values = {**config.model_dump(mode="json"), "systems": [{"name": name, "sequence": options.sequence}]}
+    config = cfg.validate(values, whole_run=False)
+    options.prepared, options.system = options.out / "prepared", name
+    if options.method in ("timewarp", "explore"):
+        options.flow = options.flow or weights.PEPTIDES
+    prepare.run(config.system(name), physics=config.physics, out=options.prepared)
+    return config
 
 
 def _free_energy(options: argparse.Namespace) -> None:

@@ -22,6 +22,7 @@ Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63
 Method = Literal["md", "timewarp", "explore", "mts", "sts"]
 METHODS: tuple[Method, ...] = typing.get_args(Method)
 Energies = Literal["batched", "openmm"]
+FITTED_STATES = "torsion states to which the density of bonds and angles is fitted before the first step"
 ENERGIES = "who evaluates the target: batched (thousands of configurations at once) or openmm (any System, one by one)"
 
 
@@ -173,6 +174,7 @@ class ChainsConfig(Section):
     compile_energy: bool | None = Field(
         None, description="compile the target energy, several times faster after 10-60 s; null: where a C++ compiler is found"
     )
+    fitted_states: int = Field(300, ge=10, description=FITTED_STATES)
     checkpoint_every: int = Field(200, ge=1, description="proposals between checkpoints")
     energies: Energies = Field("batched", description=ENERGIES)
 
@@ -185,6 +187,9 @@ class ChainsConfig(Section):
 class TransferConfig(Section):
     """The transferable flow: one torsion network for every peptide."""
 
+    shipped: bool = Field(
+        default=False, description="sample with the flow for peptides that comes with the package; nothing is trained"
+    )
     train: tuple[str, ...] = Field((), description="sequences of the training peptides; none: each system trains its own flow")
     validation: tuple[str, ...] = Field((), description="sequences of peptides held out from training, for the metrics")
     rounds: int = Field(
@@ -202,6 +207,10 @@ class TransferConfig(Section):
     message_rounds: int = Field(4, ge=1, description="message rounds along the bonds")
     components: int = Field(12, ge=1, description="wrapped-normal components per torsion")
     ema_decay: float = Field(0.998, ge=0, lt=1, description="exponential moving average of the weights")
+    acceptance_frames: int = Field(
+        256, ge=0, description="frames of each validation peptide from which acceptance is measured for the metrics; 0: none"
+    )
+    fitted_states: int = Field(100, ge=10, description=f"for that: {FITTED_STATES}")
     metrics_every_steps: int = Field(250, ge=1, description="optimiser steps between rows of metrics.csv")
     checkpoint_every_steps: int = Field(250, ge=1, description="optimiser steps between checkpoints")
 
@@ -254,6 +263,7 @@ class FlowSampling(Section):
     )
     checkpoint_every: int = Field(200, ge=1, description="proposals between checkpoints")
     burn_in: int = Field(100, ge=0, description="proposals per chain discarded before the first saved one")
+    fitted_states: int = Field(300, ge=10, description=f"transferable flows: {FITTED_STATES}")
     energies: Energies = Field("batched", description=ENERGIES)
 
     @model_validator(mode="after")
@@ -426,6 +436,8 @@ class Config(Section):
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise ValueError(f"systems: the name {twice[0]!r} is used twice")
+        if self.transfer.shipped and self.transfer.train:
+            raise ValueError("transfer: either shipped, or train a flow of your own; drop one of the two keys")
         return self
 
     def system(self, name: str) -> SystemConfig:

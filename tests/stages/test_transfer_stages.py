@@ -1,5 +1,7 @@
 """From exact chains of peptides to a transferable flow and to chains of a peptide that no step has seen."""
 
+import csv
+
 import numpy as np
 import pytest
 import torch
@@ -18,10 +20,11 @@ from longstride.stages.sample_flow import run_explore, run_timewarp
 from longstride.systems import prepare_sequence, save_prepared
 from molecules import PHYSICS
 
-CHAINS = ChainsConfig(chains=16, steps=24, burn_in=8, save_every=4, compile_energy=False, checkpoint_every=8)
+CHAINS = ChainsConfig(chains=16, steps=24, burn_in=8, save_every=4, compile_energy=False, checkpoint_every=8, fitted_states=20)
 TRANSFER = TransferConfig(
     max_steps=60, molecules_per_step=2, samples_per_molecule=32, width=16, heads=2, layers=1, message_rounds=1, components=4,
     metrics_every_steps=20, checkpoint_every_steps=20, warm_up_steps=5, learning_rate=0.01, ema_decay=0.9,
+    acceptance_frames=32, fitted_states=20,
 )  # fmt: skip
 PEPTIDES = ("ACE-GLY-NME", "GA", "AG")
 
@@ -74,6 +77,10 @@ def test_training_lowers_the_loss_of_a_held_out_peptide(trained):
     found = read_manifest(trained, kind="transferable")["validation_nll_per_torsion"]
     assert list(found) == ["AG"]
     assert found["AG"] < -log_uniform(1) - 0.2
+    rows = list(csv.DictReader((trained / "metrics.csv").open()))
+    assert [float(row["step"]) for row in rows] == [20.0, 40.0, 60.0]
+    assert all(0 < float(row["validation_acceptance"]) < 1 and float(row["validation_log_r_sd"]) > 0 for row in rows)
+    assert list(read_manifest(trained, kind="transferable")["validation_acceptance"]) == ["AG"]
     assert not any(value.requires_grad for value in network.parameters())
 
 
@@ -170,7 +177,7 @@ def _threads():
 def test_a_transferable_flow_samples_without_a_reference(method, folders, trained, tmp_path):
     sections = {"timewarp": (TimewarpSampling, run_timewarp), "explore": (ExploreSampling, run_explore)}
     kind, run = sections[method]
-    section = kind(chains=8, proposals=8, save_every=4, burn_in=4, checkpoint_every=4, compile_energy=False)
+    section = kind(chains=8, proposals=8, save_every=4, burn_in=4, checkpoint_every=4, compile_energy=False, fitted_states=20)
     job = {"prepared": folders / "AG", "flow": trained, "reference": None, "out": tmp_path / "out", "state": tmp_path / "state"}
     run(section, **job, seed=1, threads=1)
     manifest = read_manifest(tmp_path / "out", kind="samples")

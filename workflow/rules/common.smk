@@ -4,7 +4,7 @@ import os
 
 from snakemake.logging import logger
 
-from longstride import runs
+from longstride import runs, weights
 from longstride.errors import LongstrideError
 
 
@@ -63,7 +63,9 @@ def pairs_of(name):
 
 
 def flow_of(wildcards):
-    """Return the flow that samples a system: the transferable one where one is trained, else its own."""
+    """Return the flow that samples a system: the shipped one, the transferable one where one is trained, else its own."""
+    if TRANSFER.shipped:
+        return str(weights.PEPTIDES / "manifest.json")
     last = f"transfer/round{TRANSFER.rounds - 1}"
     folder = last if TRANSFER.train else f"flow/{wildcards.system}"
     return f"{RUN.folder}/{folder}/manifest.json"

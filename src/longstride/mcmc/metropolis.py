@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 
     Propose = Callable[[State, torch.Generator], tuple[State, Tensor, Tensor]]
     Decide = Callable[[Tensor, torch.Generator], Tensor]
+
+_FEWEST_FINITE = 2
 
 
 class Proposal(Protocol):
@@ -72,6 +75,18 @@ def log_ratio(at_x: Tensor, at_y: Tensor, log_backward: Tensor, log_forward: Ten
     """
     log_r = at_y - at_x + log_backward - log_forward
     return torch.where(log_r.isnan() | (log_r == torch.inf), -torch.inf, log_r)
+
+
+def proposal_quality(log_density: LogDensity, propose: Propose, x: State, generator: torch.Generator) -> tuple[float, float]:
+    """Return the mean acceptance of one proposal from each x, and the standard deviation of log r.
+
+    Clashes make the lower tail of log r arbitrarily long: its last twentieth is left out. NaN where hardly any is finite.
+    """
+    y, log_forward, log_backward = propose(x, generator)
+    log_r = log_ratio(log_density(x), log_density(y), log_backward, log_forward)
+    finite = log_r[log_r.isfinite()]
+    spread = finite[finite > finite.quantile(0.05)].std().item() if len(finite) > _FEWEST_FINITE else math.nan
+    return log_r.clamp(max=0).exp().mean().item(), spread
 
 
 def draw_and_score(proposal: Proposal) -> Propose:

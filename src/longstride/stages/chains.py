@@ -74,7 +74,7 @@ def run_chains(
         network, trained_on = load_transferable(flow / WEIGHTS)
         trained_on.check(Physics.of(molecule, physics.temperature_K), path=flow)
     potential = target_potential(molecule, section.energies, compile=section.compile_energy, key="chains.energies")
-    bound = BoundMolecule.of(molecule, potential, kT=kT)
+    bound = BoundMolecule.of(molecule, potential, kT=kT, fitted_states=section.fitted_states)
     kernel = peptide_kernel(bound, network, flow_probability=section.flow_probability, kT=kT)
     chosen = torch.randint(
         len(bound.states), (section.chains,), generator=torch.Generator().manual_seed(job_seed(seed, "starts"))

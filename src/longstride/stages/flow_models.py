@@ -41,8 +41,14 @@ class OpenFlow:
     files: dict[str, Any]
 
 
-def open_flow(folder: Path, molecule: Prepared, potential: Potential) -> OpenFlow:
+def open_flow(folder: Path, molecule: Prepared, potential: Potential, *, fitted_states: int = 300) -> OpenFlow:
     """Return the flow that `train-flow`, `train-transfer` or `import-timewarp` wrote, bound to a molecule.
+
+    Args:
+        folder: of the flow.
+        molecule: to sample.
+        potential: the target.
+        fitted_states: of a transferable flow, see `BoundMolecule.of`.
 
     Raises:
         DataError: no flow there, damaged, or trained for another molecule, potential or temperature (saying what differs).
@@ -53,8 +59,9 @@ def open_flow(folder: Path, molecule: Prepared, potential: Potential) -> OpenFlo
     if kind == "transferable":
         network, physics = load_transferable(path)
         physics.check(Physics.of(molecule, physics.temperature_K), path=path)
-        bound = bind_all(network, BoundMolecule.of(molecule, potential, kT=thermal_energy(physics.temperature_K)))
-        return OpenFlow(bound=bound, temperature_K=physics.temperature_K, files=manifest["files"])
+        kT = thermal_energy(physics.temperature_K)
+        ready = BoundMolecule.of(molecule, potential, kT=kT, fitted_states=fitted_states)
+        return OpenFlow(bound=bind_all(network, ready), temperature_K=physics.temperature_K, files=manifest["files"])
     if is_cartesian(path):
         # its large matrix products are fastest on a GPU
         flow = load_cartesian(path, molecule).to("cuda" if torch.cuda.is_available() else "cpu")

@@ -136,7 +136,7 @@ def _sample(
     torch.set_num_threads(used)
     molecule = load_prepared(folders["prepared"])
     potential = target_potential(molecule, section.energies, compile=section.compile_energy, key=f"sample.{method}.energies")
-    flow = open_flow(folders["flow"], molecule, potential)
+    flow = open_flow(folders["flow"], molecule, potential, fitted_states=section.fitted_states)
     kT = thermal_energy(flow.temperature_K)
     x, source = _starts(folders, flow, molecule, count=section.chains, seed=job_seed(seed, "starts"))
     chains = start_chains(boltzmann(potential, kT), checked_starts(flow.bound.contains, x))

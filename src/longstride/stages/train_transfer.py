@@ -15,12 +15,15 @@ from longstride.data.manifest import read_manifest, write_manifest
 from longstride.errors import DataError
 from longstride.fingerprints import code_version
 from longstride.flows.torsion_network import TorsionArchitecture, TorsionNetwork, log_uniform
+from longstride.flows.transferable import BoundMolecule
 from longstride.flows.transferable_checkpoint import Physics, save_transferable
+from longstride.potentials.amber import AmberPotential
 from longstride.provenance import provenance
 from longstride.seeds import job_seed
+from longstride.state import State
 from longstride.systems import load_prepared
 from longstride.training.module_state import ModuleState
-from longstride.training.transfer import MoleculeSamples, train, validation_loss
+from longstride.training.transfer import MoleculeSamples, Probe, train, validation_loss
 from longstride.units import thermal_energy
 
 if TYPE_CHECKING:
@@ -66,6 +69,7 @@ def run(
     loaded = [_load(*peptide) for peptide in (*training, *validation)]
     physics, molecules = _one_physics(loaded), [molecule for molecule, _, _ in loaded]
     kept, held_out = molecules[: len(training)], molecules[len(training) :]
+    probes = [_probe(section, *peptide, physics) for peptide in validation] if section.acceptance_frames else []
     if shared := {m.name for m in kept} & {m.name for m in held_out}:
         raise DataError(
             f"{', '.join(sorted(shared))}: both a training and a held-out peptide; a test of transfer needs them apart"
@@ -75,7 +79,15 @@ def run(
 
     def evaluate(network: TorsionNetwork) -> dict[str, float]:
         losses = validation_loss(network, held_out, count=HELD_OUT_SAMPLES, seed=draws)
-        return {"validation_nll_per_torsion": float(np.mean(list(losses.values())))} if losses else {}
+        if not losses:
+            return {}
+        found = {"validation_nll_per_torsion": float(np.mean(list(losses.values())))}
+        if probes:
+            quality = np.array([probe.measure(network, seed=draws) for probe in probes])
+            found |= {"validation_acceptance": float(np.median(quality[:, 0]))}
+            found |= {"validation_least_acceptance": float(quality[:, 0].min())}
+            found |= {"validation_log_r_sd": float(np.median(quality[:, 1]))}
+        return found
 
     rates = {"learning_rate": section.learning_rate, "weight_decay": section.weight_decay}
     trainer = ModuleState.fresh(module, **rates, seed=job_seed(seed, "training"))
@@ -87,6 +99,7 @@ def run(
             "physics": vars(physics),
             "training": [m.name for m in kept],
             "validation_nll_per_torsion": losses,
+            "validation_acceptance": {p.name: p.measure(module, seed=draws)[0] for p in probes},
             "samples": sum(len(m.torsions) for m in kept),
             "steps": trainer.step,
             "train_wall_s": trainer.wall_s,
@@ -106,6 +119,18 @@ def _load(prepared: Path, chains: Path) -> tuple[MoleculeSamples, Physics, dict[
     flat = positions.reshape(-1, *positions.shape[2:])
     samples = MoleculeSamples.of(molecule, flat, kT=thermal_energy(source["temperature_K"]))
     return samples, Physics.of(molecule, source["temperature_K"]), source["files"]
+
+
+def _probe(section: TransferConfig, prepared: Path, chains: Path, physics: Physics) -> Probe:
+    """Return what measures acceptance on a held-out peptide, from frames spread over its chains."""
+    molecule = load_prepared(prepared)
+    potential = AmberPotential.from_openmm(molecule.openmm_system, molecule.system, name=molecule.target)
+    positions = read_arrays(chains / "samples.safetensors")[0]["positions"]
+    flat = positions.reshape(-1, *positions.shape[2:])
+    spread = np.linspace(0, len(flat) - 1, min(section.acceptance_frames, len(flat))).astype(int)
+    kT = thermal_energy(physics.temperature_K)
+    bound = BoundMolecule.of(molecule, potential, kT=kT, fitted_states=section.fitted_states)
+    return Probe(molecule=bound, x=State(positions=torch.from_numpy(flat[spread]).double()))
 
 
 def _one_physics(loaded: Sequence[tuple[MoleculeSamples, Physics, dict[str, Any]]]) -> Physics:

@@ -17,7 +17,9 @@ import torch
 
 from longstride.errors import DataError
 from longstride.flows.torsion_features import TorsionFeatures, torsion_features
+from longstride.flows.transferable import bind
 from longstride.flows.zmatrix import build_zmatrix
+from longstride.mcmc.metropolis import boltzmann, proposal_quality
 from longstride.progress import Progress
 from longstride.training.flow import learning_rate
 
@@ -30,6 +32,8 @@ if TYPE_CHECKING:
     from longstride.config import TransferConfig
     from longstride.data.checkpoint import StateFolder
     from longstride.flows.torsion_network import TorsionNetwork
+    from longstride.flows.transferable import BoundMolecule
+    from longstride.state import State
     from longstride.systems import Prepared
     from longstride.training.module_state import ModuleState
 
@@ -91,6 +95,31 @@ def validation_loss(
     """Return the loss of each molecule by name, from the same samples at every call."""
     generator = torch.Generator().manual_seed(seed)
     return {m.name: negative_log_likelihood(network, [m], count, generator).mean().item() for m in molecules}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Probe:
+    """Frames of a held-out molecule, from which the acceptance of independent proposals is measured.
+
+    Attributes:
+        molecule: ready for proposals.
+        x: [frame, atom, 3] nm, equilibrium frames.
+    """
+
+    molecule: BoundMolecule
+    x: State
+
+    @property
+    def name(self) -> str:
+        """Of the molecule."""
+        return self.molecule.system.name
+
+    def measure(self, network: TorsionNetwork, *, seed: int) -> tuple[float, float]:
+        """Return acceptance and standard deviation of log r, from the same random numbers at every call."""
+        proposal = bind(network, self.molecule, label=len(network.architecture.lags_ps))
+        target = self.molecule.gaussian.target
+        log_density = boltzmann(target.potential, target.kT)
+        return proposal_quality(log_density, proposal.propose, self.x, torch.Generator().manual_seed(seed))
 
 
 def train(
