@@ -55,7 +55,7 @@ def noisy_pairs(atoms=ATOMS, count=400, *, seed=0):
 
 def fresh(settings, *, seed=1):
     torch.manual_seed(seed)
-    options = {"learning_rate": settings.cartesian.learning_rate, "weight_decay": 0.0, "seed": seed}
+    options = {"learning_rate": settings.cartesian.learning_rate, "weight_decay": 0.0, "rate_key": "a.key", "seed": seed}
     return ModuleState.fresh(CartesianFlow(TINY), **options)
 
 
@@ -270,7 +270,7 @@ def test_divergence_and_the_time_limit():
     state = fresh(settings)
     with torch.no_grad():
         next(iter(state.module.parameters())).fill_(math.nan)
-    with pytest.raises(NumericsError, match="learning rate"):
+    with pytest.raises(NumericsError, match=r"at step 0; lower a\.key$"):
         train(state, [noisy_pairs()], settings)
     limited = section(max_steps=500, max_seconds=1e-6)
     state = fresh(limited)
@@ -325,6 +325,13 @@ def test_stages_train_sample_and_explore_with_the_cartesian_flow(folders):
         assert arrays["positions"].shape == (3, 4, 22, 3)
         assert manifest["counts"]["proposals"] == 24
         assert json.dumps(manifest["acceptance_by_label"])
+
+
+def test_a_training_that_diverges_names_its_key(folders):
+    root = folders["root"]
+    job = {"out": root / "flow", "state": root / "s0", "seed": 1, "threads": 1}
+    with pytest.raises(NumericsError, match=r"lower flow\.cartesian\.learning_rate$"):
+        stage.run(section(cartesian={"learning_rate": 1e30}), **folders["inputs"], **job)
 
 
 def test_several_lags_and_absent_gpus_are_one_clear_line(folders):

@@ -1,4 +1,3 @@
-import itertools
 import json
 import math
 
@@ -16,7 +15,8 @@ from longstride.flows.internal import InternalFlow
 from longstride.flows.zmatrix import Internals, build_zmatrix
 from longstride.stages import flow as stage
 from longstride.stages.sample_flow import run_explore, run_timewarp
-from longstride.training.flow import Trainer, draw_batch, encode_pairs, learning_rate, train, validation_nll
+from longstride.training.flow import draw_batch, encode_pairs, train, validation_nll
+from longstride.training.module_state import ModuleState
 from longstride.units import thermal_energy
 
 SECTION = FlowConfig(
@@ -50,29 +50,30 @@ def fresh(prepared, section=SECTION, seed=1):
     network = stage.build_flow(
         section, prepared, lags_ps=(10.0,), frames=np.concatenate([pairs[0]["x"], pairs[0]["y"]]), seed=seed
     )
-    return Trainer.fresh(network, section, seed), encode_pairs(network, pairs)
+    rates = {"learning_rate": section.learning_rate, "weight_decay": section.weight_decay, "rate_key": "flow.learning_rate"}
+    return ModuleState.fresh(network, **rates, seed=seed), encode_pairs(network, pairs)
 
 
 def weights(trainer):
-    return {name: value.detach().clone() for name, value in trainer.flow.named_parameters()}
+    return {name: value.detach().clone() for name, value in trainer.module.named_parameters()}
 
 
 def test_likelihood_training_lowers_the_loss_and_repeats_itself(alanine):
     section = SECTION.model_copy(update={"max_steps": 80, "learning_rate": 5e-3})
     trainer, pairs = fresh(alanine, section)
-    before = validation_nll(trainer.flow, pairs)
+    before = validation_nll(trainer.module, pairs)
     train(trainer, pairs, section)
-    assert validation_nll(trainer.flow, pairs) < before - 0.05
+    assert validation_nll(trainer.module, pairs) < before - 0.05
     again, _ = fresh(alanine, section)
     train(again, pairs, section)
     assert all(torch.equal(value, weights(again)[name]) for name, value in weights(trainer).items())
 
 
-class DyingTrainer(Trainer):
-    def update(self, loss, *, rate, decay):
+class Dying(ModuleState):
+    def update(self, loss, **options):
         if self.step == 8:
             raise KeyboardInterrupt
-        super().update(loss, rate=rate, decay=decay)
+        super().update(loss, **options)
 
 
 def energy_loss(prepared):
@@ -87,8 +88,7 @@ def test_killed_training_continues_to_the_same_bits(alanine, tmp_path):
     energy = energy_loss(alanine)
     whole, pairs = fresh(alanine)
     train(whole, pairs, SECTION, energy_loss=energy)
-    first, _ = fresh(alanine)
-    dying = DyingTrainer(flow=first.flow, optimizer=first.optimizer, ema=first.ema, generator=first.generator)
+    dying = Dying(**vars(fresh(alanine)[0]))
     with open_state(tmp_path, "key") as folder, pytest.raises(KeyboardInterrupt):
         train(dying, pairs, SECTION, energy_loss=energy, folder=folder)
     resumed, _ = fresh(alanine)
@@ -106,18 +106,11 @@ def test_the_time_limit_runs_the_rate_down_and_says_so(alanine):
     assert trainer.step == 1 + 200 // 20
 
 
-def test_the_rate_depends_on_the_step_alone():
-    rates = [learning_rate(step, peak=1.0, warm_up=10, total=100) for step in range(101)]
-    assert rates[9] == 1.0
-    assert rates[100] == pytest.approx(0.0, abs=1e-12)
-    assert all(a >= b for a, b in itertools.pairwise(rates[9:]))
-
-
 def test_divergence_is_an_error(alanine):
     trainer, pairs = fresh(alanine)
     with torch.no_grad():
-        next(iter(trainer.flow.parameters())).fill_(math.nan)
-    with pytest.raises(NumericsError, match="learning_rate"):
+        next(iter(trainer.module.parameters())).fill_(math.nan)
+    with pytest.raises(NumericsError, match=r"at step 0; lower flow\.learning_rate$"):
         train(trainer, pairs, SECTION)
 
 
@@ -134,7 +127,7 @@ def test_mixed_handedness_is_refused(alanine):
     trainer, _ = fresh(alanine)
     mirrored = {key: value * np.float32([1, 1, -1]) for key, value in pairs_of(alanine, count=5).items()}
     with pytest.raises(DataError, match="handedness"):
-        encode_pairs(trainer.flow, [mirrored])
+        encode_pairs(trainer.module, [mirrored])
 
 
 def test_a_saved_flow_comes_back_and_refuses_other_molecules(alanine, tmp_path):
@@ -142,9 +135,9 @@ def test_a_saved_flow_comes_back_and_refuses_other_molecules(alanine, tmp_path):
 
     trainer, _ = fresh(alanine)
     path = tmp_path / "model.safetensors"
-    save_flow(path, trainer.flow, alanine)
+    save_flow(path, trainer.module, alanine)
     loaded = load_flow(path, alanine)
-    for name, value in trainer.flow.state_dict().items():
+    for name, value in trainer.module.state_dict().items():
         assert torch.equal(value, loaded.state_dict()[name])
     assert isinstance(loaded, InternalFlow)
     with pytest.raises(DataError, match="other force-field parameters"):
@@ -177,6 +170,13 @@ def folders(alanine, alanine_folder, tmp_path):
     names = [f"trajectory_{index:02d}.safetensors" for index in range(2)]
     write_manifest(reference, kind="reference", files=names, content={**identity, "temperature_K": 310.0})
     return {"prepared": alanine_folder, "shards": shards, "reference": reference, "root": tmp_path}
+
+
+def test_a_training_that_diverges_names_its_key(folders):
+    section = SECTION.model_copy(update={"learning_rate": 1e30})
+    job = {"out": folders["root"] / "flow", "state": folders["root"] / "s0", "seed": 1, "threads": 1}
+    with pytest.raises(NumericsError, match=r"lower flow\.learning_rate$"):
+        stage.run(section, prepared=folders["prepared"], shards=folders["shards"], **job)
 
 
 def test_stages_train_sample_and_explore(folders):

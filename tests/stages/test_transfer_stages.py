@@ -7,7 +7,7 @@ import torch
 from longstride.config import ChainsConfig, ExploreSampling, PhysicsConfig, TimewarpSampling, TransferConfig
 from longstride.data.atomic import read_arrays
 from longstride.data.manifest import read_manifest, write_manifest
-from longstride.errors import DataError
+from longstride.errors import DataError, NumericsError
 from longstride.flows.torsion_network import log_uniform
 from longstride.flows.transferable_checkpoint import load_transferable
 from longstride.mcmc import run as chain_loop
@@ -129,6 +129,11 @@ def test_training_continues_with_the_same_weights(folders, trained, monkeypatch,
     train(folders, tmp_path / "model")
     one, two = (read_arrays(folder / "model.safetensors")[0] for folder in (trained, tmp_path / "model"))
     assert all(np.array_equal(value, two[name]) for name, value in one.items())
+
+
+def test_a_training_that_diverges_names_its_key(folders, tmp_path):
+    with pytest.raises(NumericsError, match=r"lower transfer\.learning_rate$"):
+        train(folders, tmp_path / "model", section=TRANSFER.model_copy(update={"learning_rate": 1e30}))
 
 
 def test_refusals_are_one_line(folders, trained, tmp_path):

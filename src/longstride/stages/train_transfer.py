@@ -70,19 +70,17 @@ def run(
         raise DataError(
             f"{', '.join(sorted(shared))}: both a training and a held-out peptide; a test of transfer needs them apart"
         )
-    module = _network(section, job_seed(seed, "weights"))
+    trainer = _untrained(section, seed)
     draws = job_seed(seed, "held-out")
 
     def evaluate(network: TorsionNetwork) -> dict[str, float]:
         losses = validation_loss(network, held_out, count=HELD_OUT_SAMPLES, seed=draws)
         return {"validation_nll_per_torsion": float(np.mean(list(losses.values())))} if losses else {}
 
-    rates = {"learning_rate": section.learning_rate, "weight_decay": section.weight_decay}
-    trainer = ModuleState.fresh(module, **rates, seed=job_seed(seed, "training"))
     key = fingerprint(section.model_dump(), [files for _, _, files in loaded], seed, code_version("train_transfer"))
     with open_state(state, key) as folder:
         train(trainer, kept, section, evaluate=evaluate, folder=folder)
-        losses = validation_loss(module, held_out, count=HELD_OUT_SAMPLES, seed=draws)
+        losses = validation_loss(trainer.module, held_out, count=HELD_OUT_SAMPLES, seed=draws)
         content: dict[str, Any] = {
             "physics": vars(physics),
             "training": [m.name for m in kept],
@@ -91,7 +89,7 @@ def run(
             "steps": trainer.step,
             "train_wall_s": trainer.wall_s,
         }
-        _write(out, module, physics, trainer.rows, content)
+        _write(out, trainer.module, physics, trainer.rows, content)
         folder.clear()
 
 
@@ -113,6 +111,16 @@ def _one_physics(loaded: Sequence[tuple[MoleculeSamples, Physics, dict[str, Any]
     if len(found) > 1:
         raise DataError(f"the chains are of different potentials or temperatures: {'; '.join(map(str, found))}")
     return found.pop()
+
+
+def _untrained(section: TransferConfig, seed: int) -> ModuleState[TorsionNetwork]:
+    return ModuleState.fresh(
+        _network(section, job_seed(seed, "weights")),
+        learning_rate=section.learning_rate,
+        weight_decay=section.weight_decay,
+        rate_key="transfer.learning_rate",
+        seed=job_seed(seed, "training"),
+    )
 
 
 def _network(section: TransferConfig, seed: int) -> TorsionNetwork:
