@@ -75,6 +75,9 @@ def test_training_lowers_the_loss_of_a_held_out_peptide(trained):
     assert list(found) == ["AG"]
     assert found["AG"] < -log_uniform(1) - 0.2
     assert not any(value.requires_grad for value in network.parameters())
+    table = (trained / "metrics.csv").read_bytes().decode().split("\n")
+    assert table[0] == "step,wall_s,train_nll_per_torsion,validation_nll_per_torsion"
+    assert [row.split(",")[0] for row in table[1:]] == ["20.0", "40.0", "60.0", ""]
 
 
 def test_a_trained_flow_proposes_for_an_unseen_peptide(folders, trained):

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pandas as pd
 import torch
 
 from longstride.data.atomic import write_text
@@ -147,11 +146,7 @@ def _write(
     flow = trainer.module
     out.mkdir(parents=True, exist_ok=True)
     save_flow(out / "model.safetensors", flow, molecule, {"lags_ps": source["lags_ps"], "steps": trainer.step})
-    text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=list(trainer.rows[-1]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(trainer.rows)
-    write_text(out / "metrics.csv", text.getvalue())
+    write_text(out / "metrics.csv", pd.DataFrame(trainer.rows).to_csv(index=False))
     last = trainer.rows[-1]
     content = {
         "system": molecule.system.name,

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pandas as pd
 import torch
 
 from longstride.data.atomic import read_arrays, write_text
@@ -139,12 +138,7 @@ def _network(section: TransferConfig, seed: int) -> TorsionNetwork:
 def _write(out: Path, network: TorsionNetwork, physics: Physics, rows: list[dict[str, float]], content: dict[str, Any]) -> None:
     out.mkdir(parents=True, exist_ok=True)
     save_transferable(out / "model.safetensors", network, physics, {"training": content["training"]})
-    table = io.StringIO()
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    writer = csv.DictWriter(table, names)
-    writer.writeheader()
-    writer.writerows(rows)
-    write_text(out / "metrics.csv", table.getvalue())
+    write_text(out / "metrics.csv", pd.DataFrame(rows).to_csv(index=False))
     full = {**content, "architecture": network.architecture.to_meta(), "provenance": provenance()}
     write_manifest(out, kind="transferable", files=["model.safetensors", "metrics.csv"], content=full)
     losses = content["validation_nll_per_torsion"]
