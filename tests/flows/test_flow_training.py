@@ -4,15 +4,15 @@ import math
 import numpy as np
 import pytest
 import torch
+from thermal_frames import wiggled
 
 from longstride.config import FlowConfig
 from longstride.data.atomic import read_arrays, write_arrays
 from longstride.data.checkpoint import open_state
-from longstride.data.manifest import read_manifest, write_manifest
+from longstride.data.manifest import read_manifest
 from longstride.errors import DataError, NumericsError
 from longstride.flows.checkpoint import load_flow, save_flow
 from longstride.flows.internal import InternalFlow
-from longstride.flows.zmatrix import Internals, build_zmatrix
 from longstride.stages import flow as stage
 from longstride.stages.sample_flow import run_explore, run_timewarp
 from longstride.training.flow import draw_batch, encode_pairs, train, validation_nll
@@ -23,22 +23,6 @@ SECTION = FlowConfig(
     max_steps=12, batch_size=32, hidden=8, couplings=2, torsion_components=2, energy_batch=8,
     energy_from_step=4, warm_up_steps=2, metrics_every_steps=6, checkpoint_every_steps=5,
 )  # fmt: skip
-
-
-def wiggled(prepared, count, seed):
-    """Draw frames around the minimised structure: stiff coordinates with thermal widths, torsions turned by up to 0.4 rad."""
-    zmatrix = build_zmatrix(prepared.system)
-    generator = torch.Generator().manual_seed(seed)
-
-    def noise(size, width):
-        return width * torch.randn(count, size, generator=generator, dtype=torch.float64)
-
-    here = zmatrix.from_cartesian(torch.from_numpy(prepared.positions)[None])
-    n = zmatrix.n_atoms
-    dihedrals = here.dihedrals + noise(n - 3, 0.08)
-    dihedrals[:, zmatrix.free] += noise(len(zmatrix.free), 0.2)
-    internals = Internals(bonds=here.bonds + noise(n - 1, 0.002), angles=here.angles + noise(n - 2, 0.05), dihedrals=dihedrals)
-    return zmatrix.to_cartesian(internals).numpy().astype(np.float32)
 
 
 def pairs_of(prepared, count=150, seed=0):
@@ -154,44 +138,24 @@ def test_a_saved_flow_comes_back_and_refuses_other_molecules(alanine, tmp_path):
         load_flow(path, alanine)
 
 
-@pytest.fixture
-def folders(alanine, alanine_folder, tmp_path):
-    """Shards and a reference of wiggled frames, in the shape the earlier stages write."""
-    shards, reference = tmp_path / "shards", tmp_path / "reference"
-    identity = {"system": alanine.system.name, "target": alanine.target, "system_hash": alanine.system_hash}
-    for index in range(2):
-        positions = wiggled(alanine, 200, seed=10 + index)
-        rows = np.stack([np.arange(150), np.arange(150) + 50], 1)
-        write_arrays(shards / f"shard_{index:05d}.safetensors", {"positions": positions, "pairs_0": rows})
-        write_arrays(reference / f"trajectory_{index:02d}.safetensors", {"positions": positions})
-    names = [f"shard_{index:05d}.safetensors" for index in range(2)]
-    content = {**identity, "temperature_K": 310.0, "lags_ps": [10.0], "splits": {"train": names[:1], "validation": names[1:]}}
-    write_manifest(shards, kind="shards", files=names, content=content)
-    names = [f"trajectory_{index:02d}.safetensors" for index in range(2)]
-    write_manifest(reference, kind="reference", files=names, content={**identity, "temperature_K": 310.0})
-    return {"prepared": alanine_folder, "shards": shards, "reference": reference, "root": tmp_path}
-
-
 def test_a_training_that_diverges_names_its_key(folders):
     section = SECTION.model_copy(update={"learning_rate": 1e30})
     job = {"out": folders["root"] / "flow", "state": folders["root"] / "s0", "seed": 1, "threads": 1}
     with pytest.raises(NumericsError, match=r"lower flow\.learning_rate$"):
-        stage.run(section, prepared=folders["prepared"], shards=folders["shards"], **job)
+        stage.run(section, **folders["inputs"], **job)
 
 
 def test_stages_train_sample_and_explore(folders):
     from longstride.config import ExploreSampling, TimewarpSampling
 
     root = folders["root"]
-    stage.run(
-        SECTION, prepared=folders["prepared"], shards=folders["shards"], out=root / "flow", state=root / "s0", seed=1, threads=1
-    )
+    stage.run(SECTION, **folders["inputs"], out=root / "flow", state=root / "s0", seed=1, threads=1)
     trained = read_manifest(root / "flow", kind="flow")
     assert trained["labels"] == ["10 ps", "independent"]
     assert (root / "flow" / "metrics.csv").read_text().count("\n") == 3
     chains = {"chains": 6, "proposals": 20, "save_every": 5, "burn_in": 5, "checkpoint_every": 8, "compile_energy": False}
     jobs = {"timewarp": (run_timewarp, TimewarpSampling(**chains)), "explore": (run_explore, ExploreSampling(**chains))}
-    inputs = {"prepared": folders["prepared"], "flow": root / "flow", "reference": folders["reference"]}
+    inputs = {"prepared": folders["inputs"]["prepared"], "flow": root / "flow", "reference": folders["reference"]}
     for method, (function, section) in jobs.items():
         function(section, **inputs, out=root / method, state=root / f"s-{method}", seed=3, threads=1)
         manifest = read_manifest(root / method, kind="samples")
