@@ -280,15 +280,56 @@ def test_random_damage_never_ends_in_anything_but_the_error(tmp_path):
     whole = tensor_program(shape=(2, 3), strides=(3, 1), count=6)
     refused = 0
     for trial in range(300):
-        data = bytearray(whole)
-        for position in generator.integers(len(data), size=1 + trial % 3):
-            data[position] = generator.integers(256)
-        path = archive(tmp_path / "a.pt", bytes(data), [("0", b"\0" * 24)])
+        path = archive(tmp_path / "a.pt", scarred(whole, trial, generator), [("0", b"\0" * 24)])
         try:
             read_tensors(path, {"t": attribute(read_archive(path), "t")})
         except (DataError, AttributeError):
             refused += 1  # an attribute error is this test's own, where the entry is no tensor
     assert 30 < refused < 300
+
+
+def scarred(data, trial, generator):
+    """Return the bytes with one to three of them changed."""
+    changed = bytearray(data)
+    for position in generator.integers(len(changed), size=1 + trial % 3):
+        changed[position] = generator.integers(256)
+    return bytes(changed)
+
+
+@pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+def test_a_damaged_archive_never_ends_in_anything_but_the_error(compression, tmp_path):
+    whole, path = io.BytesIO(), tmp_path / "a.pt"
+    with zipfile.ZipFile(whole, "w") as handle:
+        handle.writestr("model/data.pkl", tensor_program(shape=(2, 3), strides=(3, 1), count=6), compression)
+        handle.writestr("model/byteorder", "little", compression)
+        handle.writestr("model/data/0", b"\0" * 24)
+    generator, refused = np.random.default_rng(0), []
+    for trial in range(300):
+        path.write_bytes(scarred(whole.getvalue(), trial, generator))
+        try:
+            read_tensors(path, read_archive(path))
+        except DataError as error:
+            refused.append(str(error))
+    assert 30 < len(refused) < 300
+    assert not any("\n" in line for line in refused)
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_a_damaged_trajectory_never_ends_in_anything_but_the_error(save, tmp_path):
+    whole, path = io.BytesIO(), tmp_path / TRAJECTORY
+    moving = np.random.default_rng(0).normal(size=(5, 3, 3)).astype(np.float32)
+    steps = np.arange(5)
+    arrays = dict.fromkeys(("positions", "velocities", "forces"), moving) | {"energies": np.ones((5, 2))}
+    save(whole, step=steps, time=0.5 * steps, **arrays)
+    generator, refused = np.random.default_rng(0), []
+    for trial in range(300):
+        path.write_bytes(scarred(whole.getvalue(), trial, generator))
+        try:
+            read_published_trajectory(path)
+        except DataError as error:
+            refused.append(str(error))
+    assert 30 < len(refused) < 300
+    assert not any("\n" in line for line in refused)
 
 
 @pytest.mark.parametrize("damage", ["absent", "truncated", "flipped", "empty", "other"])
