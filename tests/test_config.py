@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -119,6 +120,28 @@ def test_every_plain_key_says_what_it_is():
         for name, field in model.model_fields.items():
             if not isinstance(field.default, BaseModel):
                 assert field.description, f"{model.__name__}.{name}"
+
+
+def _descriptions(model: type[BaseModel], prefix: str = "") -> dict[str, str | None]:
+    found = {}
+    for name, field in model.model_fields.items():
+        if isinstance(field.default, BaseModel):
+            found |= _descriptions(type(field.default), f"{prefix}{name}.")
+        else:
+            found[f"{prefix}{name}"] = field.description
+    return found
+
+
+def test_the_comments_of_config_yaml_are_the_descriptions_of_the_keys():
+    comments, path = {}, []
+    for line in (Path(__file__).parents[1] / "config.yaml").read_text().splitlines():
+        found = re.fullmatch(r"( *)(\w+):.*?(?: # ?(.*))?", line)
+        if found:
+            path[len(found[1]) // 2 :] = [found[2]]
+            comments[".".join(path)] = found[3]
+    expected = _descriptions(Config)
+    del expected["systems"]  # shown by an example
+    assert {key: comments.get(key) for key in expected} == expected
 
 
 def test_a_view_holds_its_own_section_and_no_other():

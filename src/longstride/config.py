@@ -316,7 +316,12 @@ class MTSSampling(Section):
 
     replicas: int = Field(4, ge=1, description="independent trajectories")
     length_ps: float = Field(4.0, gt=0, description="length of each trajectory")
-    outer_timestep_fs: float = Field(4.0, gt=0, le=12, description="time between two teacher calls")
+    outer_timestep_fs: float = Field(
+        4.0,
+        gt=0,
+        le=12,
+        description="time between two teacher calls; at most about 3 where hydrogens weigh 1.008 Da (hydrogen_mass_Da)",
+    )
     inner_steps: int = Field(4, ge=1, le=64, description="student steps per teacher call")
     friction_per_ps: float = Field(1.0, gt=0, description="Langevin friction")
     hydrogen_mass_Da: float | None = Field(3.024, ge=1, le=4, description="hydrogen mass; null keeps 1.008")

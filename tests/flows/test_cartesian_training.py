@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from longstride.config import CartesianConfig, ExploreSampling, FlowConfig, TimewarpSampling
-from longstride.data.atomic import read_arrays, write_arrays
+from longstride.data.atomic import read_arrays
 from longstride.data.checkpoint import open_state
 from longstride.data.manifest import read_manifest, write_manifest
 from longstride.errors import DataError, LongstrideError, NumericsError
@@ -55,7 +55,7 @@ def noisy_pairs(atoms=ATOMS, count=400, *, seed=0):
 
 def fresh(settings, *, seed=1):
     torch.manual_seed(seed)
-    options = {"learning_rate": settings.cartesian.learning_rate, "weight_decay": 0.0, "seed": seed}
+    options = {"learning_rate": settings.cartesian.learning_rate, "weight_decay": 0.0, "rate_key": "a.key", "seed": seed}
     return ModuleState.fresh(CartesianFlow(TINY), **options)
 
 
@@ -270,40 +270,13 @@ def test_divergence_and_the_time_limit():
     state = fresh(settings)
     with torch.no_grad():
         next(iter(state.module.parameters())).fill_(math.nan)
-    with pytest.raises(NumericsError, match="learning rate"):
+    with pytest.raises(NumericsError, match=r"at step 0; lower a\.key$"):
         train(state, [noisy_pairs()], settings)
     limited = section(max_steps=500, max_seconds=1e-6)
     state = fresh(limited)
     train(state, [noisy_pairs()], limited)
     assert state.cooldown_from == 1
     assert state.step == 1 + 500 // 20
-
-
-def shaken(prepared, count, *, seed):
-    """Return frames around the minimised structure that wander and turn, float32."""
-    generator = np.random.default_rng(seed)
-    turn = random_rotations(count, torch.Generator().manual_seed(seed)).numpy()
-    frames = prepared.positions + 0.004 * generator.normal(size=(count, *prepared.positions.shape))
-    return (frames @ turn + generator.normal(size=(count, 1, 3))).astype(np.float32)
-
-
-@pytest.fixture
-def folders(alanine, alanine_folder, tmp_path):
-    """Shards and a reference in the shape the earlier stages write."""
-    shards, reference = tmp_path / "shards", tmp_path / "reference"
-    identity = {"system": alanine.system.name, "target": alanine.target, "system_hash": alanine.system_hash}
-    for index in range(2):
-        positions = shaken(alanine, 60, seed=10 + index)
-        rows = np.stack([np.arange(40), np.arange(40) + 20], 1)
-        write_arrays(shards / f"shard_{index:05d}.safetensors", {"positions": positions, "pairs_0": rows, "pairs_1": rows})
-        write_arrays(reference / f"trajectory_{index:02d}.safetensors", {"positions": positions})
-    names = [f"shard_{index:05d}.safetensors" for index in range(2)]
-    content = {**identity, "temperature_K": 310.0, "lags_ps": [10.0], "splits": {"train": names[:1], "validation": names[1:]}}
-    write_manifest(shards, kind="shards", files=names, content=content)
-    starts = [f"trajectory_{index:02d}.safetensors" for index in range(2)]
-    write_manifest(reference, kind="reference", files=starts, content={**identity, "temperature_K": 310.0})
-    inputs = {"prepared": alanine_folder, "shards": shards}
-    return {"inputs": inputs, "reference": reference, "root": tmp_path, "content": content, "names": names}
 
 
 def test_stages_train_sample_and_explore_with_the_cartesian_flow(folders):
@@ -325,6 +298,13 @@ def test_stages_train_sample_and_explore_with_the_cartesian_flow(folders):
         assert arrays["positions"].shape == (3, 4, 22, 3)
         assert manifest["counts"]["proposals"] == 24
         assert json.dumps(manifest["acceptance_by_label"])
+
+
+def test_a_training_that_diverges_names_its_key(folders):
+    root = folders["root"]
+    job = {"out": root / "flow", "state": root / "s0", "seed": 1, "threads": 1}
+    with pytest.raises(NumericsError, match=r"lower flow\.cartesian\.learning_rate$"):
+        stage.run(section(cartesian={"learning_rate": 1e30}), **folders["inputs"], **job)
 
 
 def test_several_lags_and_absent_gpus_are_one_clear_line(folders):

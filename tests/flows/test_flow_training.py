@@ -1,44 +1,28 @@
-import itertools
 import json
 import math
 
 import numpy as np
 import pytest
 import torch
+from thermal_frames import wiggled
 
 from longstride.config import FlowConfig
 from longstride.data.atomic import read_arrays, write_arrays
 from longstride.data.checkpoint import open_state
-from longstride.data.manifest import read_manifest, write_manifest
+from longstride.data.manifest import read_manifest
 from longstride.errors import DataError, NumericsError
 from longstride.flows.checkpoint import load_flow, save_flow
 from longstride.flows.internal import InternalFlow
-from longstride.flows.zmatrix import Internals, build_zmatrix
 from longstride.stages import flow as stage
 from longstride.stages.sample_flow import run_explore, run_timewarp
-from longstride.training.flow import Trainer, draw_batch, encode_pairs, learning_rate, train, validation_nll
+from longstride.training.flow import draw_batch, encode_pairs, train, validation_nll
+from longstride.training.module_state import ModuleState
 from longstride.units import thermal_energy
 
 SECTION = FlowConfig(
     max_steps=12, batch_size=32, hidden=8, couplings=2, torsion_components=2, energy_batch=8,
     energy_from_step=4, warm_up_steps=2, metrics_every_steps=6, checkpoint_every_steps=5,
 )  # fmt: skip
-
-
-def wiggled(prepared, count, seed):
-    """Draw frames around the minimised structure: stiff coordinates with thermal widths, torsions turned by up to 0.4 rad."""
-    zmatrix = build_zmatrix(prepared.system)
-    generator = torch.Generator().manual_seed(seed)
-
-    def noise(size, width):
-        return width * torch.randn(count, size, generator=generator, dtype=torch.float64)
-
-    here = zmatrix.from_cartesian(torch.from_numpy(prepared.positions)[None])
-    n = zmatrix.n_atoms
-    dihedrals = here.dihedrals + noise(n - 3, 0.08)
-    dihedrals[:, zmatrix.free] += noise(len(zmatrix.free), 0.2)
-    internals = Internals(bonds=here.bonds + noise(n - 1, 0.002), angles=here.angles + noise(n - 2, 0.05), dihedrals=dihedrals)
-    return zmatrix.to_cartesian(internals).numpy().astype(np.float32)
 
 
 def pairs_of(prepared, count=150, seed=0):
@@ -50,29 +34,30 @@ def fresh(prepared, section=SECTION, seed=1):
     network = stage.build_flow(
         section, prepared, lags_ps=(10.0,), frames=np.concatenate([pairs[0]["x"], pairs[0]["y"]]), seed=seed
     )
-    return Trainer.fresh(network, section, seed), encode_pairs(network, pairs)
+    rates = {"learning_rate": section.learning_rate, "weight_decay": section.weight_decay, "rate_key": "flow.learning_rate"}
+    return ModuleState.fresh(network, **rates, seed=seed), encode_pairs(network, pairs)
 
 
 def weights(trainer):
-    return {name: value.detach().clone() for name, value in trainer.flow.named_parameters()}
+    return {name: value.detach().clone() for name, value in trainer.module.named_parameters()}
 
 
 def test_likelihood_training_lowers_the_loss_and_repeats_itself(alanine):
     section = SECTION.model_copy(update={"max_steps": 80, "learning_rate": 5e-3})
     trainer, pairs = fresh(alanine, section)
-    before = validation_nll(trainer.flow, pairs)
+    before = validation_nll(trainer.module, pairs)
     train(trainer, pairs, section)
-    assert validation_nll(trainer.flow, pairs) < before - 0.05
+    assert validation_nll(trainer.module, pairs) < before - 0.05
     again, _ = fresh(alanine, section)
     train(again, pairs, section)
     assert all(torch.equal(value, weights(again)[name]) for name, value in weights(trainer).items())
 
 
-class DyingTrainer(Trainer):
-    def update(self, loss, *, rate, decay):
+class Dying(ModuleState):
+    def update(self, loss, **options):
         if self.step == 8:
             raise KeyboardInterrupt
-        super().update(loss, rate=rate, decay=decay)
+        super().update(loss, **options)
 
 
 def energy_loss(prepared):
@@ -87,8 +72,7 @@ def test_killed_training_continues_to_the_same_bits(alanine, tmp_path):
     energy = energy_loss(alanine)
     whole, pairs = fresh(alanine)
     train(whole, pairs, SECTION, energy_loss=energy)
-    first, _ = fresh(alanine)
-    dying = DyingTrainer(flow=first.flow, optimizer=first.optimizer, ema=first.ema, generator=first.generator)
+    dying = Dying(**vars(fresh(alanine)[0]))
     with open_state(tmp_path, "key") as folder, pytest.raises(KeyboardInterrupt):
         train(dying, pairs, SECTION, energy_loss=energy, folder=folder)
     resumed, _ = fresh(alanine)
@@ -106,18 +90,11 @@ def test_the_time_limit_runs_the_rate_down_and_says_so(alanine):
     assert trainer.step == 1 + 200 // 20
 
 
-def test_the_rate_depends_on_the_step_alone():
-    rates = [learning_rate(step, peak=1.0, warm_up=10, total=100) for step in range(101)]
-    assert rates[9] == 1.0
-    assert rates[100] == pytest.approx(0.0, abs=1e-12)
-    assert all(a >= b for a, b in itertools.pairwise(rates[9:]))
-
-
 def test_divergence_is_an_error(alanine):
     trainer, pairs = fresh(alanine)
     with torch.no_grad():
-        next(iter(trainer.flow.parameters())).fill_(math.nan)
-    with pytest.raises(NumericsError, match="learning_rate"):
+        next(iter(trainer.module.parameters())).fill_(math.nan)
+    with pytest.raises(NumericsError, match=r"at step 0; lower flow\.learning_rate$"):
         train(trainer, pairs, SECTION)
 
 
@@ -134,7 +111,7 @@ def test_mixed_handedness_is_refused(alanine):
     trainer, _ = fresh(alanine)
     mirrored = {key: value * np.float32([1, 1, -1]) for key, value in pairs_of(alanine, count=5).items()}
     with pytest.raises(DataError, match="handedness"):
-        encode_pairs(trainer.flow, [mirrored])
+        encode_pairs(trainer.module, [mirrored])
 
 
 def test_a_saved_flow_comes_back_and_refuses_other_molecules(alanine, tmp_path):
@@ -142,9 +119,9 @@ def test_a_saved_flow_comes_back_and_refuses_other_molecules(alanine, tmp_path):
 
     trainer, _ = fresh(alanine)
     path = tmp_path / "model.safetensors"
-    save_flow(path, trainer.flow, alanine)
+    save_flow(path, trainer.module, alanine)
     loaded = load_flow(path, alanine)
-    for name, value in trainer.flow.state_dict().items():
+    for name, value in trainer.module.state_dict().items():
         assert torch.equal(value, loaded.state_dict()[name])
     assert isinstance(loaded, InternalFlow)
     with pytest.raises(DataError, match="other force-field parameters"):
@@ -161,37 +138,24 @@ def test_a_saved_flow_comes_back_and_refuses_other_molecules(alanine, tmp_path):
         load_flow(path, alanine)
 
 
-@pytest.fixture
-def folders(alanine, alanine_folder, tmp_path):
-    """Shards and a reference of wiggled frames, in the shape the earlier stages write."""
-    shards, reference = tmp_path / "shards", tmp_path / "reference"
-    identity = {"system": alanine.system.name, "target": alanine.target, "system_hash": alanine.system_hash}
-    for index in range(2):
-        positions = wiggled(alanine, 200, seed=10 + index)
-        rows = np.stack([np.arange(150), np.arange(150) + 50], 1)
-        write_arrays(shards / f"shard_{index:05d}.safetensors", {"positions": positions, "pairs_0": rows})
-        write_arrays(reference / f"trajectory_{index:02d}.safetensors", {"positions": positions})
-    names = [f"shard_{index:05d}.safetensors" for index in range(2)]
-    content = {**identity, "temperature_K": 310.0, "lags_ps": [10.0], "splits": {"train": names[:1], "validation": names[1:]}}
-    write_manifest(shards, kind="shards", files=names, content=content)
-    names = [f"trajectory_{index:02d}.safetensors" for index in range(2)]
-    write_manifest(reference, kind="reference", files=names, content={**identity, "temperature_K": 310.0})
-    return {"prepared": alanine_folder, "shards": shards, "reference": reference, "root": tmp_path}
+def test_a_training_that_diverges_names_its_key(folders):
+    section = SECTION.model_copy(update={"learning_rate": 1e30})
+    job = {"out": folders["root"] / "flow", "state": folders["root"] / "s0", "seed": 1, "threads": 1}
+    with pytest.raises(NumericsError, match=r"lower flow\.learning_rate$"):
+        stage.run(section, **folders["inputs"], **job)
 
 
 def test_stages_train_sample_and_explore(folders):
     from longstride.config import ExploreSampling, TimewarpSampling
 
     root = folders["root"]
-    stage.run(
-        SECTION, prepared=folders["prepared"], shards=folders["shards"], out=root / "flow", state=root / "s0", seed=1, threads=1
-    )
+    stage.run(SECTION, **folders["inputs"], out=root / "flow", state=root / "s0", seed=1, threads=1)
     trained = read_manifest(root / "flow", kind="flow")
     assert trained["labels"] == ["10 ps", "independent"]
     assert (root / "flow" / "metrics.csv").read_text().count("\n") == 3
     chains = {"chains": 6, "proposals": 20, "save_every": 5, "burn_in": 5, "checkpoint_every": 8, "compile_energy": False}
     jobs = {"timewarp": (run_timewarp, TimewarpSampling(**chains)), "explore": (run_explore, ExploreSampling(**chains))}
-    inputs = {"prepared": folders["prepared"], "flow": root / "flow", "reference": folders["reference"]}
+    inputs = {"prepared": folders["inputs"]["prepared"], "flow": root / "flow", "reference": folders["reference"]}
     for method, (function, section) in jobs.items():
         function(section, **inputs, out=root / method, state=root / f"s-{method}", seed=3, threads=1)
         manifest = read_manifest(root / method, kind="samples")

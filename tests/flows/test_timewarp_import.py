@@ -19,6 +19,7 @@ from longstride.data.torch_archive import Made, Name, attribute, read_archive, r
 from longstride.errors import DataError
 from longstride.flows.cartesian import PRESETS, CartesianArchitecture, CartesianFlow
 from longstride.flows.cartesian_checkpoint import is_cartesian, load_cartesian, our_name, read_published
+from longstride.stages import import_timewarp
 
 SMALL, GOLDEN = "published_format_small.pt", "published_format_small_golden.npz"
 TRAJECTORY, STRUCTURE = "implicit-2olx-traj-arrays.npz", "implicit-2olx-traj-state0.pdb"
@@ -280,15 +281,56 @@ def test_random_damage_never_ends_in_anything_but_the_error(tmp_path):
     whole = tensor_program(shape=(2, 3), strides=(3, 1), count=6)
     refused = 0
     for trial in range(300):
-        data = bytearray(whole)
-        for position in generator.integers(len(data), size=1 + trial % 3):
-            data[position] = generator.integers(256)
-        path = archive(tmp_path / "a.pt", bytes(data), [("0", b"\0" * 24)])
+        path = archive(tmp_path / "a.pt", scarred(whole, trial, generator), [("0", b"\0" * 24)])
         try:
             read_tensors(path, {"t": attribute(read_archive(path), "t")})
         except (DataError, AttributeError):
             refused += 1  # an attribute error is this test's own, where the entry is no tensor
     assert 30 < refused < 300
+
+
+def scarred(data, trial, generator):
+    """Return the bytes with one to three of them changed."""
+    changed = bytearray(data)
+    for position in generator.integers(len(changed), size=1 + trial % 3):
+        changed[position] = generator.integers(256)
+    return bytes(changed)
+
+
+@pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+def test_a_damaged_archive_never_ends_in_anything_but_the_error(compression, tmp_path):
+    whole, path = io.BytesIO(), tmp_path / "a.pt"
+    with zipfile.ZipFile(whole, "w") as handle:
+        handle.writestr("model/data.pkl", tensor_program(shape=(2, 3), strides=(3, 1), count=6), compression)
+        handle.writestr("model/byteorder", "little", compression)
+        handle.writestr("model/data/0", b"\0" * 24)
+    generator, refused = np.random.default_rng(0), []
+    for trial in range(300):
+        path.write_bytes(scarred(whole.getvalue(), trial, generator))
+        try:
+            read_tensors(path, read_archive(path))
+        except DataError as error:
+            refused.append(str(error))
+    assert 30 < len(refused) < 300
+    assert not any("\n" in line for line in refused)
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_a_damaged_trajectory_never_ends_in_anything_but_the_error(save, tmp_path):
+    whole, path = io.BytesIO(), tmp_path / TRAJECTORY
+    moving = np.random.default_rng(0).normal(size=(5, 3, 3)).astype(np.float32)
+    steps = np.arange(5)
+    arrays = dict.fromkeys(("positions", "velocities", "forces"), moving) | {"energies": np.ones((5, 2))}
+    save(whole, step=steps, time=0.5 * steps, **arrays)
+    generator, refused = np.random.default_rng(0), []
+    for trial in range(300):
+        path.write_bytes(scarred(whole.getvalue(), trial, generator))
+        try:
+            read_published_trajectory(path)
+        except DataError as error:
+            refused.append(str(error))
+    assert 30 < len(refused) < 300
+    assert not any("\n" in line for line in refused)
 
 
 @pytest.mark.parametrize("damage", ["absent", "truncated", "flipped", "empty", "other"])
@@ -422,6 +464,17 @@ def test_another_force_field_is_refused_and_the_right_one_named(published, older
     assert manifest["target"] == "amber14-all-obc1"
 
 
+def test_forces_that_are_not_finite_are_refused(published, older, tmp_path, capsys, monkeypatch):
+    def overlapping(_, positions):
+        return np.full(len(positions), np.inf), np.full(positions.shape, np.nan)
+
+    monkeypatch.setattr(import_timewarp, "_evaluate", overlapping)
+    command = ["import-timewarp", "trajectory", published / TRAJECTORY, "--prepared", older, "--out", tmp_path / "out"]
+    assert "differ from amber99sbildn-amber99_obc by nan" in one_error(capsys, *command)
+    assert "50 frames have no finite energy or forces" in one_error(capsys, *command, "--recompute")
+    assert not (tmp_path / "out").exists()
+
+
 BAD = {
     "object": "as plain arrays",
     "missing": "holds no array forces",
@@ -429,6 +482,8 @@ BAD = {
     "nan": "not finite",
     "steps": "do not increase",
     "times": "do not follow its steps",
+    "grid": "no uniform grid",
+    "overlap": "lie on each other",
     "order": "nm long",
 }
 
@@ -439,6 +494,9 @@ def test_bad_trajectories_are_one_clear_line(change, published, older, tmp_path,
         step, time, positions, forces = (arrays[name] for name in ("step", "time", "positions", "forces"))
     broken = positions.copy()
     broken[3, 0, 0] = np.nan
+    uneven = np.cumsum(np.arange(len(step)))
+    merged = positions.copy()
+    merged[:, :2] = merged[:, 1:2]
     changes = {
         "object": {"step": np.array([{}] * len(step), dtype=object)},
         "missing": {"forces": None},
@@ -446,11 +504,15 @@ def test_bad_trajectories_are_one_clear_line(change, published, older, tmp_path,
         "nan": {"positions": broken},
         "steps": {"step": step[::-1].copy()},
         "times": {"time": time + 0.01 * np.arange(len(time))},
+        "grid": {"step": uneven, "time": 5e-4 * uneven},
+        "overlap": {"positions": merged},
         "order": {"positions": positions[:, ::-1].copy()},
     }
     path = example(published, tmp_path, **changes[change])
     out = tmp_path / "reference"
-    assert BAD[change] in one_error(capsys, "import-timewarp", "trajectory", path, "--prepared", older, "--out", out)
+    line = one_error(capsys, "import-timewarp", "trajectory", path, "--prepared", older, "--out", out, "--recompute")
+    assert BAD[change] in line
+    assert str(path) in line
     assert not out.exists()
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from longstride.errors import DataError
+from longstride.flows import circular
 from longstride.flows.stiff import TorsionBasis, _thermal_torsions, calibrate, narrow_torsions
 from longstride.flows.torsion_features import PROFILE_HARMONICS, torsion_features
 from longstride.flows.torsion_network import TorsionArchitecture, TorsionNetwork
@@ -153,30 +154,51 @@ def test_drawn_density_is_the_scored_one_and_padding_counts_nothing(network):
     assert not torch.allclose(network.log_prob(alone, wrap(t[3:, :count] + 0.3), context), log_q[3:], atol=1e-3)
 
 
-def test_the_density_is_normalised_and_symmetric(network):
-    prepared = prepare_sequence("AS", name="AS", **PHYSICS)
-    found = features(prepared)[0]
-    count = 400
+def conditional_integrals(network, found, count=400):
+    """Return the integral of p(t_k | t_<k) over the circle for every torsion k and both labels."""
     grid = (torch.arange(count, dtype=torch.float64) + 0.5) * (2 * math.pi / count) - math.pi
     tokens = network.encode([found]).repeat(count)
-    label = torch.ones(count, dtype=torch.int64)
-    t = uniform(1, found.n_torsions).expand(count, -1).clone()
-    context = network.context(tokens, t, label)
-    last = found.n_torsions - 1
-    t[:, last] = grid  # p(t_last | others) alone changes
+
+    def up_to(last):
+        """The factors of the torsions after `last` count nothing, and those before do not see them."""
+        return replace(tokens, present=tokens.present & (torch.arange(found.n_torsions) <= last))
+
+    totals = []
+    for label in (0, 1):
+        t_x = uniform(1, found.n_torsions, seed=1).expand(count, -1)
+        context = network.context(tokens, t_x, torch.full((count,), label))
+        for k in range(found.n_torsions):
+            t = uniform(1, found.n_torsions).repeat(count, 1)
+            t[:, k] = grid
+            log_p = network.log_prob(up_to(k), t, context) - network.log_prob(up_to(k - 1), t, context)
+            totals.append(log_p.exp().sum() * (2 * math.pi / count))
+    return torch.stack(totals)
+
+
+def test_the_density_is_normalised(network, monkeypatch):
+    found = features(prepare_sequence("AS", name="AS", **PHYSICS))[0]
+    assert found.symmetry.max() > 1
+    assert (conditional_integrals(network, found) - 1).abs().max() < 1e-9
+    true = circular.log_prob
+    monkeypatch.setattr(circular, "log_prob", lambda *values: true(*values) + 1e-3)  # negative control: scaled
+    assert ((conditional_integrals(network, found) - 1.001).abs() < 1e-5).all()
+    monkeypatch.setattr(circular, "log_prob", lambda angle, parameters: true(0.9 * angle, parameters))  # and not periodic
+    assert ((conditional_integrals(network, found) - 1).abs() > 1e-4).any()
+
+
+def test_equivalent_torsions_are_equally_likely(network):
+    found = features(prepare_sequence("AS", name="AS", **PHYSICS))[0]
+    tokens = network.encode([found]).repeat(20)
+    t = uniform(20, found.n_torsions)
+    context = network.context(tokens, t, torch.ones(20, dtype=torch.int64))
     log_p = network.log_prob(tokens, t, context)
-    drawn, _ = network.sample(tokens, context, torch.Generator().manual_seed(0))
-    drawn = torch.cat([t[:, :last], drawn[:, last:]], 1)
-    # the mean of 1 / p over draws from p is the measure of the circle: checked through importance weights on the grid
-    total = log_p.exp().sum() * (2 * math.pi / count)
-    others = total.log()
-    weight = (log_p - others).exp()
-    assert abs(weight.sum().item() * (2 * math.pi / count) - 1) < 1e-12
-    assert torch.isfinite(network.log_prob(tokens, drawn, context)).all()
+    assert (found.symmetry > 1).sum() >= 2
     for k, n in enumerate(found.symmetry.tolist()):
         turned = t.clone()
         turned[:, k] = wrap(turned[:, k] + 2 * math.pi / n)
-        assert n == 1 or torch.allclose(network.log_prob(tokens, turned, context), log_p, atol=1e-9)
+        assert torch.allclose(network.log_prob(tokens, turned, context), log_p, atol=1e-9)
+        turned[:, k] = wrap(t[:, k] + math.pi / n)  # negative control: half way
+        assert not torch.allclose(network.log_prob(tokens, turned, context), log_p, atol=1e-3)
 
 
 def test_the_independent_label_does_not_see_x(network):

@@ -3,34 +3,21 @@
 import functools
 import math
 
-import numpy as np
+import four_atom_chain
 import pytest
 import torch
+from four_atom_chain import ANGLE, ANGLE_WIDTH, BOND, BOND_WIDTH, KT, SYSTEM, ZMATRIX
 
 from longstride.flows.internal import FlowArchitecture, FlowProposal, InternalFlow
-from longstride.flows.zmatrix import Internals, build_zmatrix
+from longstride.flows.zmatrix import Internals
 from longstride.mcmc.explore import explore
 from longstride.mcmc.metropolis import boltzmann, metropolis, start_chains
 from longstride.mcmc.timewarp import timewarp
-from longstride.state import State, System
-
-KT = 1.0
-BOND, BOND_WIDTH = 0.1, 0.012  # soft, so that a dropped b^2 shifts the mean by many standard errors
-ANGLE, ANGLE_WIDTH = 1.1, 0.15
-SYSTEM = System(
-    name="chain",
-    atomic_numbers=np.array([6, 6, 6, 6]),
-    masses=np.ones(4),
-    bonds=np.array([(0, 1), (1, 2), (2, 3)]),
-    atom_names=("A", "B", "C", "D"),
-    residue_names=("RES",) * 4,
-    residue_indices=np.zeros(4, dtype=np.int64),
-)
-ZMATRIX = build_zmatrix(SYSTEM)
+from longstride.state import State
 
 
 class Springs:
-    """U = sum (b-b0)^2/2w^2 + sum (theta-theta0)^2/2w^2 + 1.5 cos(phi) + 0.8 sin(2 phi), in kT."""
+    """The potential of the chain."""
 
     system, name = SYSTEM, "springs"
 
@@ -40,25 +27,6 @@ class Springs:
         angles = ((internals.angles - ANGLE) / ANGLE_WIDTH).square().sum(-1) / 2
         phi = internals.dihedrals[:, 0]
         return bonds + angles + 1.5 * phi.cos() + 0.8 * (2 * phi).sin()
-
-
-def average(grid, log_p, f):
-    p = torch.exp(log_p - log_p.max())
-    return ((p * f).sum() / p.sum()).item()
-
-
-def truth():
-    """Return the exact means of b, cos(theta), cos(phi) and sin(phi)."""
-    b = torch.linspace(0.02, 0.2, 20001, dtype=torch.float64)
-    theta = torch.linspace(1e-3, math.pi - 1e-3, 20001, dtype=torch.float64)
-    phi = torch.linspace(-math.pi, math.pi, 20001, dtype=torch.float64)[:-1]
-    log_phi = -1.5 * phi.cos() - 0.8 * (2 * phi).sin()
-    return {
-        "bond": average(b, -(((b - BOND) / BOND_WIDTH).square()) / 2 + 2 * b.log(), b),
-        "cos_angle": average(theta, -(((theta - ANGLE) / ANGLE_WIDTH).square()) / 2 + theta.sin().log(), theta.cos()),
-        "cos_phi": average(phi, log_phi, phi.cos()),
-        "sin_phi": average(phi, log_phi, phi.sin()),
-    }
 
 
 @functools.cache
@@ -89,28 +57,9 @@ def starts(count):
     return State(positions=ZMATRIX.to_cartesian(internals))
 
 
-def deviations(kernel, chains=600, steps=200):
-    """Return (mean - truth) / MCSE of each observable, over independent chains."""
-    generator = torch.Generator().manual_seed(2)
-    state = start_chains(boltzmann(Springs(), KT), starts(chains))
-    sums = dict.fromkeys(truth(), 0.0)
-    accepted = 0.0
-    for step in range(steps + 50):
-        state, info = kernel(state, generator)
-        if step < 50:
-            continue
-        accepted += info.accepted.double().mean().item() / steps
-        internals = ZMATRIX.from_cartesian(state.state.positions)
-        phi = internals.dihedrals[:, 0]
-        sums["bond"] = sums["bond"] + internals.bonds.mean(-1)
-        sums["cos_angle"] = sums["cos_angle"] + internals.angles.cos().mean(-1)
-        sums["cos_phi"] = sums["cos_phi"] + phi.cos()
-        sums["sin_phi"] = sums["sin_phi"] + phi.sin()
-    found = {}
-    for name, exact in truth().items():
-        means = sums[name] / steps
-        found[name] = ((means.mean() - exact) / (means.std() / chains**0.5)).item()
-    return found, accepted
+def deviations(kernel, steps=200):
+    chains = start_chains(boltzmann(Springs(), KT), starts(600))
+    return four_atom_chain.deviations(kernel, chains, steps=steps, burn_in=50)
 
 
 def test_every_average_of_the_exact_kernel_is_right():

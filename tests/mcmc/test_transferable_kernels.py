@@ -4,10 +4,12 @@ import functools
 import math
 from dataclasses import replace
 
+import four_atom_chain
 import numpy as np
 import openmm
 import pytest
 import torch
+from four_atom_chain import ANGLE, ANGLE_WIDTH, BOND, BOND_WIDTH, KT, SYSTEM
 from openmm import app
 
 from longstride.flows.torsion_network import TorsionArchitecture, TorsionNetwork
@@ -15,25 +17,12 @@ from longstride.flows.transferable import BoundMolecule, TorsionMoves, Transfera
 from longstride.mcmc.metropolis import boltzmann, metropolis, start_chains
 from longstride.mcmc.partial import partial_refresh
 from longstride.potentials.amber import AmberPotential
-from longstride.state import State, System
+from longstride.state import State
 from longstride.systems import Prepared
-
-KT = 1.0
-BOND, BOND_WIDTH = 0.1, 0.012  # soft, so that a dropped b^2 shifts the mean by many standard errors
-ANGLE, ANGLE_WIDTH = 1.1, 0.15
-SYSTEM = System(
-    name="chain",
-    atomic_numbers=np.array([6, 6, 6, 8]),
-    masses=np.ones(4),
-    bonds=np.array([(0, 1), (1, 2), (2, 3)]),
-    atom_names=("A", "B", "C", "D"),
-    residue_names=("RES",) * 4,
-    residue_indices=np.zeros(4, dtype=np.int64),
-)
 
 
 def prepared():
-    """U = sum (b-b0)^2/2w^2 + sum (theta-theta0)^2/2w^2 + 1.5 cos(phi) + 0.8 sin(2 phi), in kT."""
+    """Return the chain with its potential as an OpenMM System."""
     system = openmm.System()
     bonds, angles, torsions = openmm.HarmonicBondForce(), openmm.HarmonicAngleForce(), openmm.PeriodicTorsionForce()
     for _ in range(4):
@@ -48,25 +37,6 @@ def prepared():
         system.addForce(force)
     x = np.array([[0.0, 0.1, 0.0], [0, 0, 0], [0.1, 0, 0], [0.13, 0.06, 0.07]])
     return Prepared(system=SYSTEM, openmm_system=system, topology=app.Topology(), positions=x, system_hash="", target="chain")
-
-
-def truth():
-    """Return the exact means of b, cos(theta), cos(phi) and sin(phi)."""
-
-    def average(grid, log_p, f):
-        p = torch.exp(log_p - log_p.max())
-        return ((p * f).sum() / p.sum()).item()
-
-    b = torch.linspace(0.02, 0.2, 20001, dtype=torch.float64)
-    theta = torch.linspace(1e-3, math.pi - 1e-3, 20001, dtype=torch.float64)
-    phi = torch.linspace(-math.pi, math.pi, 20001, dtype=torch.float64)[:-1]
-    log_phi = -1.5 * phi.cos() - 0.8 * (2 * phi).sin()
-    return {
-        "bond": average(b, -(((b - BOND) / BOND_WIDTH).square()) / 2 + 2 * b.log(), b),
-        "cos_angle": average(theta, -(((theta - ANGLE) / ANGLE_WIDTH).square()) / 2 + theta.sin().log(), theta.cos()),
-        "cos_phi": average(phi, log_phi, phi.cos()),
-        "sin_phi": average(phi, log_phi, phi.sin()),
-    }
 
 
 @functools.cache
@@ -90,30 +60,10 @@ def network():
     return model.eval().requires_grad_(requires_grad=False)
 
 
-def deviations(kernel, chains=500, steps=100):
-    """Return (mean - truth) / MCSE of each observable, over independent chains, and the acceptance."""
-    generator = torch.Generator().manual_seed(2)
-    target = molecule().gaussian.target
-    state = start_chains(
-        boltzmann(target.potential, KT), State(positions=molecule().states[torch.arange(chains) % len(molecule().states)])
-    )
-    sums, accepted = dict.fromkeys(truth(), 0.0), 0.0
-    for step in range(steps + 30):
-        state, info = kernel(state, generator)
-        if step < 30:
-            continue
-        accepted += info.accepted.double().mean().item() / steps
-        internals = target.zmatrix.from_cartesian(state.state.positions)
-        phi = internals.dihedrals[:, 0]
-        sums["bond"] = sums["bond"] + internals.bonds.mean(-1)
-        sums["cos_angle"] = sums["cos_angle"] + internals.angles.cos().mean(-1)
-        sums["cos_phi"] = sums["cos_phi"] + phi.cos()
-        sums["sin_phi"] = sums["sin_phi"] + phi.sin()
-    found = {}
-    for name, exact in truth().items():
-        means = sums[name] / steps
-        found[name] = ((means.mean() - exact) / (means.std() / chains**0.5)).item()
-    return found, accepted
+def deviations(kernel, count=500):
+    states = molecule().states[torch.arange(count) % len(molecule().states)]
+    chains = start_chains(boltzmann(molecule().gaussian.target.potential, KT), State(positions=states))
+    return four_atom_chain.deviations(kernel, chains, steps=100, burn_in=30)
 
 
 def flow_kernel(label, kind=TransferableProposal):

@@ -172,6 +172,7 @@ def test_failing_teacher_stops_with_one_line_and_a_restart_is_possible(tmp_path,
     ) as error:
         run_mts(tmp_path, alanine_folder, reference, distilled)
     assert "\n" not in str(error.value)
+    assert "hydrogens of 1.008 Da allow about 3 fs) or heavier hydrogens (hydrogen_mass_Da)" in str(error.value)
     assert not (tmp_path / "mts" / "manifest.json").exists()
     before = teacher.calls
     run_mts(tmp_path, alanine_folder, reference, distilled)

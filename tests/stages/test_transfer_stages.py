@@ -1,6 +1,7 @@
 """From exact chains of peptides to a transferable flow and to chains of a peptide that no step has seen."""
 
 import csv
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,8 +10,9 @@ import torch
 from longstride.config import ChainsConfig, ExploreSampling, PhysicsConfig, TimewarpSampling, TransferConfig
 from longstride.data.atomic import read_arrays
 from longstride.data.manifest import read_manifest, write_manifest
-from longstride.errors import DataError
+from longstride.errors import DataError, NumericsError
 from longstride.flows.torsion_network import log_uniform
+from longstride.flows.transferable import BoundMolecule
 from longstride.flows.transferable_checkpoint import load_transferable
 from longstride.mcmc import run as chain_loop
 from longstride.mcmc.timewarp import MOVES
@@ -92,6 +94,20 @@ def test_a_trained_flow_proposes_for_an_unseen_peptide(folders, trained):
     assert rates["independent"] > 0
 
 
+def test_starts_that_could_never_move_are_one_line(folders, tmp_path, monkeypatch):
+    of, mirror = BoundMolecule.of, torch.tensor([1.0, 1.0, -1.0], dtype=torch.float64)
+
+    def half_mirrored(*arguments, **options):
+        found = of(*arguments, **options)
+        return replace(found, states=torch.cat([found.states[::2], found.states[1::2] * mirror]))
+
+    monkeypatch.setattr(BoundMolecule, "of", half_mirrored)
+    with pytest.raises(DataError, match=r"^\d+ of 16 starting .* would never move; check the structure that .*AG was") as error:
+        make_chains(folders / "AG", tmp_path / "chains")
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "chains").exists()
+
+
 class Kill(Exception):
     """Stands for kill -9."""
 
@@ -136,6 +152,11 @@ def test_training_continues_with_the_same_weights(folders, trained, monkeypatch,
     train(folders, tmp_path / "model")
     one, two = (read_arrays(folder / "model.safetensors")[0] for folder in (trained, tmp_path / "model"))
     assert all(np.array_equal(value, two[name]) for name, value in one.items())
+
+
+def test_a_training_that_diverges_names_its_key(folders, tmp_path):
+    with pytest.raises(NumericsError, match=r"lower transfer\.learning_rate$"):
+        train(folders, tmp_path / "model", section=TRANSFER.model_copy(update={"learning_rate": 1e30}))
 
 
 def test_refusals_are_one_line(folders, trained, tmp_path):

@@ -8,7 +8,6 @@ frame's index.
 
 from __future__ import annotations
 
-import zipfile
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -75,7 +74,9 @@ def _read(path: Path) -> dict[str, np.ndarray]:
             arrays = {name: archive[name] for name in _SHAPES}
     except FileNotFoundError:
         raise DataError(f"trajectory {path} does not exist") from None
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+    except DataError:
+        raise
+    except Exception as error:  # damaged archives raise much else than BadZipFile
         raise DataError(f"cannot read {path} as plain arrays ({' '.join(str(error).split())}); download it again") from error
     for name, dimensions in _SHAPES.items():
         if arrays[name].ndim != dimensions or arrays[name].dtype.kind not in "iuf":

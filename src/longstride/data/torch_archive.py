@@ -104,14 +104,11 @@ def read_archive(path: Path) -> Any:  # noqa: ANN401 - the root of the file is w
         entry = archive.getinfo(f"{_root(path, archive)}/data.pkl")
         if entry.file_size > _LARGEST_PROGRAM:
             raise DataError(f"{path} is not a checkpoint of a model: its index alone has {entry.file_size} bytes")
-        try:
-            program = archive.read(entry)
-        except zipfile.BadZipFile as error:
-            raise DataError(f"{path} is damaged ({error}); download it again") from error
+        program = _content(path, archive, entry)
     try:
         return _Machine().run(program)
     except Exception as error:  # whatever a damaged or hostile program trips over
-        raise DataError(f"{path} cannot be read as a PyTorch checkpoint: {error}; download it again") from error
+        raise DataError(f"{path} cannot be read as a PyTorch checkpoint: {_line(error)}; download it again") from error
 
 
 def read_tensors(path: Path, entries: dict[str, TensorEntry]) -> dict[str, np.ndarray]:
@@ -136,10 +133,7 @@ def _read_tensor(path: Path, archive: zipfile.ZipFile, member: str, entry: Tenso
     size = storage.count * storage.dtype.itemsize
     if info.compress_type != zipfile.ZIP_STORED or info.file_size != size:
         raise DataError(f"{path}: the storage {member} does not have the {size} bytes that its index names; download it again")
-    try:
-        flat = np.frombuffer(archive.read(info), storage.dtype)
-    except zipfile.BadZipFile as error:
-        raise DataError(f"{path} is damaged ({error}); download it again") from error
+    flat = np.frombuffer(_content(path, archive, info), storage.dtype)
     strides = tuple(stride * storage.dtype.itemsize for stride in entry.strides)
     return np.lib.stride_tricks.as_strided(flat[entry.offset :], entry.shape, strides).copy()
 
@@ -149,8 +143,19 @@ def _open(path: Path) -> zipfile.ZipFile:
         return zipfile.ZipFile(path)
     except FileNotFoundError:
         raise DataError(f"checkpoint {path} does not exist") from None
-    except (zipfile.BadZipFile, OSError) as error:
-        raise DataError(f"{path} is not a PyTorch checkpoint ({error}), or an incomplete download") from error
+    except Exception as error:  # a damaged directory of the archive raises much else than BadZipFile
+        raise DataError(f"{path} is not a PyTorch checkpoint ({_line(error)}), or an incomplete download") from error
+
+
+def _content(path: Path, archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> bytes:
+    try:
+        return archive.read(entry)
+    except Exception as error:  # so do damaged entries: wrong checksums, broken compression, marks of encryption
+        raise DataError(f"{path} is damaged ({_line(error)}); download it again") from error
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _root(path: Path, archive: zipfile.ZipFile) -> str:
@@ -158,7 +163,8 @@ def _root(path: Path, archive: zipfile.ZipFile) -> str:
     if len(programs) != 1:
         raise DataError(f"{path} is a zip archive but not a PyTorch checkpoint")
     root = programs[0].split("/")[0]
-    if f"{root}/byteorder" in archive.namelist() and archive.read(f"{root}/byteorder") != b"little":
+    order = f"{root}/byteorder"
+    if order in archive.namelist() and _content(path, archive, archive.getinfo(order)) != b"little":
         raise DataError(f"{path} was written on a big-endian machine, which is not supported")
     return root
 

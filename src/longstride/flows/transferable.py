@@ -81,6 +81,11 @@ class BoundMolecule:
         """The molecule's identity."""
         return self.prepared.system
 
+    def contains(self, x: State) -> Tensor:
+        """Return whether each configuration lies in the domain, [batch] bool; chains must start there."""
+        target = self.gaussian.target
+        return target.contains(target.split(x.positions)[1])
+
     def encode(self, x: Tensor) -> Encoded:
         """Return the torsions and latent values of positions [batch, atom, 3] nm."""
         target = self.gaussian.target
@@ -167,8 +172,7 @@ class TransferableProposal:
 
     def contains(self, x: State) -> Tensor:
         """Return whether each configuration lies in the domain, [batch] bool; chains must start there."""
-        target = self.molecule.gaussian.target
-        return target.contains(target.split(x.positions)[1])
+        return self.molecule.contains(x)
 
     def _context(self, tokens: Tokens, t_x: Tensor) -> Tensor:
         dtype = tokens.tokens.dtype
@@ -200,8 +204,13 @@ def bind_all(network: TorsionNetwork, molecule: BoundMolecule) -> BoundFlow:
     """Return the proposals of all labels for a molecule, with torsion moves beside them."""
     labels = network.architecture.labels
     proposals = {name: bind(network, molecule, label=index) for index, name in enumerate(labels)}
-    moves, contains = TorsionMoves(molecule=molecule), proposals[labels[-1]].contains
-    return BoundFlow(proposals=proposals, independent=labels[-1], contains=contains, moves=moves, states=molecule.states)
+    return BoundFlow(
+        proposals=proposals,
+        independent=labels[-1],
+        contains=molecule.contains,
+        moves=TorsionMoves(molecule=molecule),
+        states=molecule.states,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

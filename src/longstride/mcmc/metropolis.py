@@ -153,16 +153,26 @@ def accept(log_alpha: Tensor, generator: torch.Generator) -> Tensor:
     return uniform.log() < log_alpha
 
 
-def checked_starts(proposal_contains: Callable[[State], Tensor], state: State) -> State:
-    """Return `state` if the proposal's domain contains it.
+def checked_starts(
+    contains: Callable[[State], Tensor],
+    state: State,
+    *,
+    advice: str = "start from frames of the reference that the flow was trained on",
+) -> State:
+    """Return `state` if all of it lies in the domain of the chains.
+
+    Args:
+        contains: whether configurations lie in the domain, [chain] bool.
+        state: where the chains are to start.
+        advice: what to do where they do not, for the message.
 
     Raises:
         DataError: some chain would start where no proposal can come from, and would never move.
     """
-    inside = proposal_contains(state)
+    inside = contains(state)
     if not bool(inside.all()):
         raise DataError(
-            f"{int((~inside).sum())} of {len(inside)} starting configurations have another handedness than the flow's"
-            " training data; start from frames of the reference it was trained on"
+            f"{int((~inside).sum())} of {len(inside)} starting configurations have another handedness than the domain of the"
+            f" chains and would never move; {advice}"
         )
     return state

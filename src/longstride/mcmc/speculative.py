@@ -9,6 +9,7 @@ batch would bias it, because the draw would then be replaced at a time that depe
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import torch
@@ -103,12 +104,23 @@ def speculative(
     return Kernel(step=step, invariance="exact", labels=(label,))
 
 
+@dataclass(frozen=True, kw_only=True)
 class _Moved:
-    """Where one batch took the chains: positions, log density, last ratio used, whether accepted, steps used."""
+    """Where one batch took the chains.
 
-    def __init__(self, *, positions: Tensor, log_density: Tensor, log_alpha: Tensor, accepted: Tensor, used: Tensor) -> None:
-        self.positions, self.log_density, self.log_alpha = positions, log_density, log_alpha
-        self.accepted, self.used = accepted, used
+    Attributes:
+        positions: [chain, atom, 3] nm.
+        log_density: [chain] at the positions.
+        log_alpha: [chain] of the last proposal that was used.
+        accepted: [chain] bool, whether that proposal was accepted.
+        used: [chain] proposals used, which is steps made.
+    """
+
+    positions: Tensor
+    log_density: Tensor
+    log_alpha: Tensor
+    accepted: Tensor
+    used: Tensor
 
 
 class _Round:

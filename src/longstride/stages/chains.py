@@ -17,7 +17,7 @@ from longstride.fingerprints import code_version
 from longstride.flows.transferable import BoundMolecule, TorsionMoves, bind_all
 from longstride.flows.transferable_checkpoint import Physics, load_transferable
 from longstride.mcmc.kernel import Kernel, mixture
-from longstride.mcmc.metropolis import boltzmann, hastings, start_chains
+from longstride.mcmc.metropolis import boltzmann, checked_starts, hastings, start_chains
 from longstride.mcmc.run import Saved, Schedule, Tally, run
 from longstride.mcmc.timewarp import MOVES, flow_moves
 from longstride.provenance import provenance
@@ -62,7 +62,7 @@ def run_chains(
         threads: cores granted.
 
     Raises:
-        DataError: the flow was trained for another potential or temperature.
+        DataError: the flow was trained for another potential or temperature; a relaxed state lies outside the domain.
         LongstrideError: the batched engine cannot evaluate the molecule.
     """
     torch.set_num_threads(min(threads, THREADS))
@@ -79,7 +79,10 @@ def run_chains(
     chosen = torch.randint(
         len(bound.states), (section.chains,), generator=torch.Generator().manual_seed(job_seed(seed, "starts"))
     )
-    chains = start_chains(boltzmann(potential, kT), State(positions=bound.states[chosen]))
+    starts = checked_starts(
+        bound.contains, State(positions=bound.states[chosen]), advice=f"check the structure that {prepared} was made from"
+    )
+    chains = start_chains(boltzmann(potential, kT), starts)
     key = fingerprint(section.model_dump(), molecule.system_hash, physics.temperature_K, files, seed, code_version("chains"))
     schedule = Schedule(
         steps=section.steps,

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pandas as pd
 import torch
 
 from longstride.data.atomic import write_text
@@ -25,7 +24,9 @@ from longstride.seeds import job_seed
 from longstride.stages import train_cartesian
 from longstride.state import State
 from longstride.systems import load_prepared
-from longstride.training.flow import EnergyLoss, Trainer, encode_pairs, internals_of, train, validation_nll
+from longstride.training.flow import EnergyLoss, encode_pairs, internals_of, train, validation_nll
+from longstride.training.module_state import ModuleState
+from longstride.training.schedule import early_end_note
 from longstride.units import thermal_energy
 
 if TYPE_CHECKING:
@@ -75,7 +76,13 @@ def run(section: FlowConfig, *, prepared: Path, shards: Path, out: Path, state: 
         nll = validation_nll(current, held_out)
         return {"validation_nll_per_dof": nll, **acceptance(current, potential, starts, kT=kT, seed=draws)}
 
-    trainer = Trainer.fresh(flow, section, job_seed(seed, "training"))
+    trainer = ModuleState.fresh(
+        flow,
+        learning_rate=section.learning_rate,
+        weight_decay=section.weight_decay,
+        rate_key="flow.learning_rate",
+        seed=job_seed(seed, "training"),
+    )
     energy = (
         EnergyLoss(potential=_single_precision(molecule), kT=kT, size=section.energy_batch) if section.energy_weight else None
     )
@@ -133,14 +140,13 @@ def _spread(frames: np.ndarray, count: int) -> np.ndarray:
     return frames[np.linspace(0, len(frames) - 1, min(count, len(frames))).astype(int)]
 
 
-def _write(trainer: Trainer, section: FlowConfig, molecule: Prepared, *, source: dict[str, Any], out: Path) -> None:
+def _write(
+    trainer: ModuleState[InternalFlow], section: FlowConfig, molecule: Prepared, *, source: dict[str, Any], out: Path
+) -> None:
+    flow = trainer.module
     out.mkdir(parents=True, exist_ok=True)
-    save_flow(out / "model.safetensors", trainer.flow, molecule, {"lags_ps": source["lags_ps"], "steps": trainer.step})
-    text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=list(trainer.rows[-1]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(trainer.rows)
-    write_text(out / "metrics.csv", text.getvalue())
+    save_flow(out / "model.safetensors", flow, molecule, {"lags_ps": source["lags_ps"], "steps": trainer.step})
+    write_text(out / "metrics.csv", pd.DataFrame(trainer.rows).to_csv(index=False))
     last = trainer.rows[-1]
     content = {
         "system": molecule.system.name,
@@ -148,9 +154,9 @@ def _write(trainer: Trainer, section: FlowConfig, molecule: Prepared, *, source:
         "system_hash": molecule.system_hash,
         "temperature_K": source["temperature_K"],
         "tau_ps": source["lags_ps"],
-        "labels": list(trainer.flow.architecture.labels),
-        "architecture": trainer.flow.architecture.to_meta(),
-        "parameters": sum(value.numel() for value in trainer.flow.parameters()),
+        "labels": list(flow.architecture.labels),
+        "architecture": flow.architecture.to_meta(),
+        "parameters": sum(value.numel() for value in flow.parameters()),
         "steps": trainer.step,
         "stopped_by_time": trainer.cooldown_from is not None,
         "train_wall_s": trainer.wall_s,
@@ -160,8 +166,5 @@ def _write(trainer: Trainer, section: FlowConfig, molecule: Prepared, *, source:
     write_manifest(out, kind="flow", files=["model.safetensors", "metrics.csv"], content=content)
     rates = ", ".join(f"{key[11:]} {value:.3f}" for key, value in last.items() if key.startswith("acceptance_"))
     print(f"flow: {trainer.step} steps in {trainer.wall_s:.1f} s; held-out acceptance {rates}")
-    if trainer.cooldown_from is not None:
-        print(
-            f"flow: the time limit of {section.max_seconds:g} s ended training at step {trainer.step} of {section.max_steps};"
-            " the result depends on this machine's speed (raise flow.max_seconds or lower flow.max_steps)"
-        )
+    if note := early_end_note(trainer, section):
+        print(note)

@@ -59,7 +59,10 @@ def run_mts(
     job.student, job.identity = distill / "student.safetensors", trained["files"]
     load_student(job.student, teacher=teacher)(job.molecule.system)  # a refusal comes before any process starts
     job.max_slow_force = section.max_slow_force_kJ_per_mol_nm
-    job.advice = "use a shorter outer_timestep_fs, or distil with more frames"
+    job.advice = (
+        "use a shorter outer_timestep_fs (hydrogens of 1.008 Da allow about 3 fs) or heavier hydrogens (hydrogen_mass_Da), or"
+        " distil with more frames"
+    )
     job.run(out, state, dt=section.outer_timestep_fs * FS_PS, n_inner=section.inner_steps, threads=threads)
 
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pandas as pd
 import torch
 
 from longstride.data.atomic import write_text
@@ -27,6 +26,7 @@ from longstride.state import State
 from longstride.systems import load_prepared
 from longstride.training.cartesian import AcceptanceLoss, MoleculePairs, RelativeStep, train, validation_nll
 from longstride.training.module_state import ModuleState
+from longstride.training.schedule import early_end_note
 from longstride.units import thermal_energy
 
 if TYPE_CHECKING:
@@ -73,7 +73,11 @@ def run(section: FlowConfig, *, prepared: Path, shards: Path, out: Path, state: 
         return {"validation_nll_per_atom": nll, **acceptance(current, potential, held_out.x, kT=kT, seed=draws)}
 
     trainer = ModuleState.fresh(
-        flow, learning_rate=settings.learning_rate, weight_decay=settings.weight_decay, seed=job_seed(seed, "training")
+        flow,
+        learning_rate=settings.learning_rate,
+        weight_decay=settings.weight_decay,
+        rate_key="flow.cartesian.learning_rate",
+        seed=job_seed(seed, "training"),
     )
     key = fingerprint(section.model_dump(), molecule.system_hash, source["files"], seed, code_version("train_cartesian"))
     with open_state(state, key) as folder:
@@ -132,16 +136,13 @@ def _spread(pairs: MoleculePairs, count: int) -> MoleculePairs:
     return MoleculePairs(x=pairs.x[chosen], y=pairs.y[chosen], elements=pairs.elements)
 
 
-def _write(trainer: ModuleState, section: FlowConfig, molecule: Prepared, *, source: dict[str, Any], out: Path) -> None:
+def _write(
+    trainer: ModuleState[CartesianFlow], section: FlowConfig, molecule: Prepared, *, source: dict[str, Any], out: Path
+) -> None:
     flow = trainer.module
-    assert isinstance(flow, CartesianFlow)
     out.mkdir(parents=True, exist_ok=True)
     save_cartesian(out / "model.safetensors", flow, prepared=molecule, extra={"steps": trainer.step})
-    text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=list(trainer.rows[-1]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(trainer.rows)
-    write_text(out / "metrics.csv", text.getvalue())
+    write_text(out / "metrics.csv", pd.DataFrame(trainer.rows).to_csv(index=False))
     last = trainer.rows[-1]
     content = {
         "system": molecule.system.name,
@@ -166,8 +167,5 @@ def _write(trainer: ModuleState, section: FlowConfig, molecule: Prepared, *, sou
     nll = last["validation_nll_per_atom"]
     rates = ", ".join(f"{key[11:]} {value:.4f}" for key, value in last.items() if key.startswith("acceptance_"))
     print(f"flow: {trainer.step} steps in {trainer.wall_s:.1f} s; {nll:.3f} nat per atom; held-out acceptance {rates}")
-    if trainer.cooldown_from is not None:
-        print(
-            f"flow: the time limit of {section.max_seconds:g} s ended training at step {trainer.step} of {section.max_steps};"
-            " the result depends on this machine's speed (raise flow.max_seconds or lower flow.max_steps)"
-        )
+    if note := early_end_note(trainer, section):
+        print(note)

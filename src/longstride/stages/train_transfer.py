@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pandas as pd
 import torch
 
 from longstride.data.atomic import read_arrays, write_text
@@ -74,7 +73,7 @@ def run(
         raise DataError(
             f"{', '.join(sorted(shared))}: both a training and a held-out peptide; a test of transfer needs them apart"
         )
-    module = _network(section, job_seed(seed, "weights"))
+    trainer = _untrained(section, seed)
     draws = job_seed(seed, "held-out")
 
     def evaluate(network: TorsionNetwork) -> dict[str, float]:
@@ -89,12 +88,10 @@ def run(
             found |= {"validation_log_r_sd": float(np.median(quality[:, 1]))}
         return found
 
-    rates = {"learning_rate": section.learning_rate, "weight_decay": section.weight_decay}
-    trainer = ModuleState.fresh(module, **rates, seed=job_seed(seed, "training"))
     key = fingerprint(section.model_dump(), [files for _, _, files in loaded], seed, code_version("train_transfer"))
     with open_state(state, key) as folder:
         train(trainer, kept, section, evaluate=evaluate, folder=folder)
-        losses = validation_loss(module, held_out, count=HELD_OUT_SAMPLES, seed=draws)
+        losses = validation_loss(trainer.module, held_out, count=HELD_OUT_SAMPLES, seed=draws)
         content: dict[str, Any] = {
             "physics": vars(physics),
             "training": [m.name for m in kept],
@@ -104,7 +101,7 @@ def run(
             "steps": trainer.step,
             "train_wall_s": trainer.wall_s,
         }
-        _write(out, module, physics, trainer.rows, content)
+        _write(out, trainer.module, physics, trainer.rows, content)
         folder.clear()
 
 
@@ -140,6 +137,16 @@ def _one_physics(loaded: Sequence[tuple[MoleculeSamples, Physics, dict[str, Any]
     return found.pop()
 
 
+def _untrained(section: TransferConfig, seed: int) -> ModuleState[TorsionNetwork]:
+    return ModuleState.fresh(
+        _network(section, job_seed(seed, "weights")),
+        learning_rate=section.learning_rate,
+        weight_decay=section.weight_decay,
+        rate_key="transfer.learning_rate",
+        seed=job_seed(seed, "training"),
+    )
+
+
 def _network(section: TransferConfig, seed: int) -> TorsionNetwork:
     sizes = TorsionArchitecture(
         width=section.width,
@@ -156,12 +163,7 @@ def _network(section: TransferConfig, seed: int) -> TorsionNetwork:
 def _write(out: Path, network: TorsionNetwork, physics: Physics, rows: list[dict[str, float]], content: dict[str, Any]) -> None:
     out.mkdir(parents=True, exist_ok=True)
     save_transferable(out / "model.safetensors", network, physics, {"training": content["training"]})
-    table = io.StringIO()
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    writer = csv.DictWriter(table, names)
-    writer.writeheader()
-    writer.writerows(rows)
-    write_text(out / "metrics.csv", table.getvalue())
+    write_text(out / "metrics.csv", pd.DataFrame(rows).to_csv(index=False))
     full = {**content, "architecture": network.architecture.to_meta(), "provenance": provenance()}
     write_manifest(out, kind="transferable", files=["model.safetensors", "metrics.csv"], content=full)
     losses = content["validation_nll_per_torsion"]

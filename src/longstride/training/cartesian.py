@@ -32,7 +32,7 @@ from longstride.errors import DataError
 from longstride.flows.cartesian import CartesianFlow, element_indices, log_normal
 from longstride.progress import Progress
 from longstride.state import State
-from longstride.training.flow import learning_rate
+from longstride.training.schedule import RateSchedule
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -247,7 +247,7 @@ class AcceptanceLoss:
 
 
 def train(
-    state: ModuleState,
+    state: ModuleState[CartesianFlow],
     molecules: Sequence[MoleculePairs],
     section: FlowConfig,
     *,
@@ -256,8 +256,6 @@ def train(
     folder: StateFolder | None = None,
 ) -> None:
     """Train to `section.max_steps`, leaving the averaged weights in `state.module`.
-
-    After `section.max_seconds` the learning rate falls linearly to zero over a twentieth of the steps.
 
     Args:
         state: where training stands; continues from the newest checkpoint in `folder`.
@@ -271,25 +269,28 @@ def train(
         NumericsError: training diverged.
     """
     flow, settings = state.module, section.cartesian
-    assert isinstance(flow, CartesianFlow)
     if folder is not None:
         state.load(folder)
     device = flow.embedding.weight.device
     step = RelativeStep(centre_nm=settings.centre_step_nm, turn_rad=settings.turn_step_rad)
+    schedule = RateSchedule(
+        peak=settings.learning_rate,
+        warm_up=settings.warm_up_steps,
+        total=section.max_steps,
+        max_seconds=section.max_seconds,
+    )
     progress = Progress("flow", section.max_steps, "steps", start=state.step)
     begin = time.monotonic() - state.wall_s
-    while state.step < _last_step(state, section):
+    while state.step < schedule.last_step(state):
         batch = draw_batch(molecules, settings.batch_size, step=step, generator=state.generator).to(device)
         likelihood = nll_per_atom(flow, batch).mean()
         loss = likelihood
         if acceptance_loss is not None and state.step >= settings.acceptance_from_step:
             share = settings.acceptance_weight
             loss = (1 - share) * likelihood + share * acceptance_loss(flow, molecules[0], state.generator)
-        state.update(loss, rate=_rate(state, section), decay=section.ema_decay, max_gradient=_MAX_GRADIENT)
-        state.wall_s = time.monotonic() - begin
-        if state.cooldown_from is None and state.wall_s > section.max_seconds:
-            state.cooldown_from = state.step
-        done = state.step == _last_step(state, section)
+        state.update(loss, rate=schedule.rate(state), decay=section.ema_decay, max_gradient=_MAX_GRADIENT)
+        schedule.count(state, time.monotonic() - begin)
+        done = state.step == schedule.last_step(state)
         if evaluate is not None and (done or state.step % section.metrics_every_steps == 0):
             _record(state, evaluate, likelihood.item())
         if folder is not None and not done and state.step % section.checkpoint_every_steps == 0:
@@ -299,33 +300,9 @@ def train(
     state.adopt_average()
 
 
-def _cooldown_steps(section: FlowConfig) -> int:
-    return max(1, section.max_steps // 20)
-
-
-def _last_step(state: ModuleState, section: FlowConfig) -> int:
-    if state.cooldown_from is None:
-        return section.max_steps
-    return min(section.max_steps, state.cooldown_from + _cooldown_steps(section))
-
-
-def _rate(state: ModuleState, section: FlowConfig) -> float:
-    """Return the learning rate; past the time limit it falls linearly to zero."""
-    settings = section.cartesian
-
-    def scheduled(step: int) -> float:
-        return learning_rate(step, peak=settings.learning_rate, warm_up=settings.warm_up_steps, total=section.max_steps)
-
-    if state.cooldown_from is None:
-        return scheduled(state.step)
-    left = 1.0 - (state.step - state.cooldown_from) / _cooldown_steps(section)
-    return min(scheduled(state.step), scheduled(state.cooldown_from) * left)
-
-
-def _record(state: ModuleState, evaluate: Callable[[CartesianFlow], dict[str, float]], train_nll: float) -> None:
+def _record(state: ModuleState[CartesianFlow], evaluate: Callable[[CartesianFlow], dict[str, float]], train_nll: float) -> None:
     row = {"step": float(state.step), "wall_s": state.wall_s, "train_nll_per_atom": train_nll}
     with state.averaged() as flow:
-        assert isinstance(flow, CartesianFlow)
         state.rows.append(row | evaluate(flow))
 
 

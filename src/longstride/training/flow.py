@@ -16,18 +16,18 @@ the dynamics' reversibility in positions permits.
 
 from __future__ import annotations
 
-import math
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from longstride.errors import DataError, NumericsError
+from longstride.errors import DataError
 from longstride.flows.zmatrix import Internals
 from longstride.progress import Progress
 from longstride.state import State
+from longstride.training.schedule import RateSchedule
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from longstride.data.checkpoint import StateFolder
     from longstride.flows.internal import InternalFlow
     from longstride.potentials.base import Potential
+    from longstride.training.module_state import ModuleState
 
 _DROP_KEPT = 30.0  # loss of log-weight against x beyond which the energy term grows only logarithmically
 _BALANCE_KEPT = 10.0  # |log r| beyond which a proposal clashes and says nothing about the torsions' balance
@@ -181,102 +182,8 @@ def _mean_where(mask: Tensor, value: Tensor) -> Tensor:
     return torch.where(mask, value, 0.0).sum() / mask.sum().clamp(min=1)
 
 
-def learning_rate(step: int, *, peak: float, warm_up: int, total: int) -> float:
-    """Return the rate of a step: linear warm-up, then a half cosine to zero at `total`; depends on steps only."""
-    if step < warm_up:
-        return peak * (step + 1) / warm_up
-    progress = (step - warm_up) / max(total - warm_up, 1)
-    return peak * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
-
-
-@dataclass(kw_only=True)
-class Trainer:
-    """Everything that training changes, so that a checkpoint can hold all of it.
-
-    Attributes:
-        flow: the network in training.
-        optimizer: its optimiser.
-        ema: moving average of the weights, by parameter name.
-        generator: the only random stream of training.
-        step: optimiser steps done.
-        wall_s: seconds spent, summed over attempts.
-        cooldown_from: the step at which the time limit began to end training early; None where it did not.
-        rows: metrics so far.
-    """
-
-    flow: InternalFlow
-    optimizer: torch.optim.AdamW
-    ema: dict[str, Tensor]
-    generator: torch.Generator
-    step: int = 0
-    wall_s: float = 0.0
-    cooldown_from: int | None = None
-    rows: list[dict[str, float]] = field(default_factory=list)
-
-    @classmethod
-    def fresh(cls, flow: InternalFlow, section: FlowConfig, seed: int) -> Trainer:
-        """Return the trainer of step 0."""
-        optimizer = torch.optim.AdamW(flow.parameters(), lr=section.learning_rate, weight_decay=section.weight_decay)
-        ema = {name: value.detach().clone() for name, value in flow.named_parameters()}
-        return cls(flow=flow, optimizer=optimizer, ema=ema, generator=torch.Generator().manual_seed(seed))
-
-    def save(self, folder: StateFolder) -> None:
-        """Write a checkpoint from which `load` continues bit for bit."""
-        arrays = {f"weight.{name}": value.detach().numpy() for name, value in self.flow.named_parameters()}
-        arrays |= {f"ema.{name}": value.numpy() for name, value in self.ema.items()}
-        for name, value in self.flow.named_parameters():
-            for key, moment in self.optimizer.state.get(value, {}).items():
-                arrays[f"adam.{key}.{name}"] = moment.numpy()
-        arrays["generator"] = self.generator.get_state().numpy()
-        meta = {"wall_s": self.wall_s, "cooldown_from": self.cooldown_from, "rows": self.rows}
-        folder.save(self.step, arrays, meta)
-
-    @torch.no_grad()
-    def load(self, folder: StateFolder) -> None:
-        """Continue from the newest checkpoint, if there is one."""
-        saved = folder.latest()
-        if saved is None:
-            return
-        self.step = saved.step
-        self.wall_s, self.cooldown_from = saved.meta["wall_s"], saved.meta["cooldown_from"]
-        self.rows = saved.meta["rows"]
-        tensors = {name: torch.from_numpy(value.copy()) for name, value in saved.arrays.items()}
-        self.generator.set_state(tensors["generator"])
-        for name, value in self.flow.named_parameters():
-            value.copy_(tensors[f"weight.{name}"])
-            self.ema[name].copy_(tensors[f"ema.{name}"])
-            keys = ("step", "exp_avg", "exp_avg_sq")
-            self.optimizer.state[value] = {key: tensors[f"adam.{key}.{name}"].reshape(_shape(key, value)) for key in keys}
-
-    @torch.no_grad()
-    def update(self, loss: Tensor, *, rate: float, decay: float) -> None:
-        """One optimiser step along the clipped gradient of `loss`, and one step of the moving average.
-
-        Raises:
-            NumericsError: the gradient is not finite.
-        """
-        self.optimizer.zero_grad()
-        with torch.enable_grad():
-            loss.backward()
-        norm = nn.utils.clip_grad_norm_(self.flow.parameters(), _MAX_GRADIENT)
-        if not bool(norm.isfinite()):
-            raise NumericsError(f"flow training diverged at step {self.step}; lower flow.learning_rate")
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        self.optimizer.step()
-        # early on the average follows the weights, so that it never remembers the initial ones
-        weight = 1.0 - min(decay, (1 + self.step) / (10 + self.step))
-        for name, value in self.flow.named_parameters():
-            self.ema[name].lerp_(value, weight)
-        self.step += 1
-
-
-def _shape(key: str, value: Tensor) -> torch.Size:
-    return torch.Size([]) if key == "step" else value.shape
-
-
 def train(
-    trainer: Trainer,
+    state: ModuleState[InternalFlow],
     pairs: EncodedPairs,
     section: FlowConfig,
     *,
@@ -284,79 +191,58 @@ def train(
     evaluate: Callable[[InternalFlow], dict[str, float]] | None = None,
     folder: StateFolder | None = None,
 ) -> None:
-    """Train to `section.max_steps`, leaving the averaged weights in `trainer.flow`.
+    """Train to `section.max_steps`, leaving the averaged weights in `state.module`.
 
     Args:
-        trainer: where training stands; continues from the newest checkpoint in `folder`.
+        state: where training stands; continues from the newest checkpoint in `folder`.
         pairs: encoded training pairs.
         section: sizes, rates and limits.
         energy_loss: the reverse Kullback-Leibler term; None trains on the likelihood alone.
         evaluate: metrics of a flow with averaged weights, called every `section.metrics_every_steps`.
         folder: where checkpoints go.
+
+    Raises:
+        NumericsError: training diverged.
     """
     if folder is not None:
-        trainer.load(folder)
-    progress = Progress("flow", section.max_steps, "steps", start=trainer.step)
-    begin = time.monotonic() - trainer.wall_s
-    while trainer.step < _last_step(trainer, section):
-        rate = _rate(trainer, section)
-        batch = draw_batch(pairs, section.batch_size, section.independent_fraction, trainer.generator)
-        torsions, stiff = (value.mean() for value in negative_log_likelihood(trainer.flow, batch))
+        state.load(folder)
+    flow = state.module
+    schedule = RateSchedule(
+        peak=section.learning_rate,
+        warm_up=section.warm_up_steps,
+        total=section.max_steps,
+        max_seconds=section.max_seconds,
+    )
+    progress = Progress("flow", section.max_steps, "steps", start=state.step)
+    begin = time.monotonic() - state.wall_s
+    while state.step < schedule.last_step(state):
+        batch = draw_batch(pairs, section.batch_size, section.independent_fraction, state.generator)
+        torsions, stiff = (value.mean() for value in negative_log_likelihood(flow, batch))
         likelihood = torsions + stiff
         loss = likelihood
-        if energy_loss is not None and trainer.step >= section.energy_from_step:
-            energy, balance = energy_loss(trainer.flow, batch, trainer.generator)
+        if energy_loss is not None and state.step >= section.energy_from_step:
+            energy, balance = energy_loss(flow, batch, state.generator)
             loss = torsions + (1 - section.energy_weight) * stiff
             loss = loss + section.energy_weight * energy + section.balance_weight * balance
-        trainer.update(loss, rate=rate, decay=section.ema_decay)
-        trainer.wall_s = time.monotonic() - begin
-        if trainer.cooldown_from is None and trainer.wall_s > section.max_seconds:
-            trainer.cooldown_from = trainer.step
-        last = trainer.step == _last_step(trainer, section)
-        if evaluate is not None and (last or trainer.step % section.metrics_every_steps == 0):
-            _record(trainer, evaluate, likelihood.item())
-        if folder is not None and not last and trainer.step % section.checkpoint_every_steps == 0:
-            trainer.save(folder)
-        progress.update(trainer.step, f"loss {likelihood.item():.2f} nat")
-    trainer.wall_s = time.monotonic() - begin
-    with torch.no_grad():
-        for name, value in trainer.flow.named_parameters():
-            value.copy_(trainer.ema[name])
-
-
-def _cooldown_steps(section: FlowConfig) -> int:
-    return max(1, section.max_steps // 20)
-
-
-def _last_step(trainer: Trainer, section: FlowConfig) -> int:
-    if trainer.cooldown_from is None:
-        return section.max_steps
-    return min(section.max_steps, trainer.cooldown_from + _cooldown_steps(section))
-
-
-def _rate(trainer: Trainer, section: FlowConfig) -> float:
-    """Return the learning rate; past the time limit it falls linearly to zero over the cool-down."""
-
-    def scheduled(step: int) -> float:
-        return learning_rate(step, peak=section.learning_rate, warm_up=section.warm_up_steps, total=section.max_steps)
-
-    if trainer.cooldown_from is None:
-        return scheduled(trainer.step)
-    left = 1.0 - (trainer.step - trainer.cooldown_from) / _cooldown_steps(section)
-    return min(scheduled(trainer.step), scheduled(trainer.cooldown_from) * left)
+        state.update(loss, rate=schedule.rate(state), decay=section.ema_decay, max_gradient=_MAX_GRADIENT)
+        schedule.count(state, time.monotonic() - begin)
+        last = state.step == schedule.last_step(state)
+        if evaluate is not None and (last or state.step % section.metrics_every_steps == 0):
+            _record(state, evaluate, likelihood.item())
+        if folder is not None and not last and state.step % section.checkpoint_every_steps == 0:
+            state.save(folder)
+        progress.update(state.step, f"loss {likelihood.item():.2f} nat")
+    state.wall_s = time.monotonic() - begin
+    state.adopt_average()
 
 
 @torch.no_grad()
-def _record(trainer: Trainer, evaluate: Callable[[InternalFlow], dict[str, float]], train_nll: float) -> None:
+def _record(state: ModuleState[InternalFlow], evaluate: Callable[[InternalFlow], dict[str, float]], train_nll: float) -> None:
     """Evaluate the averaged weights and append a row of metrics."""
-    kept = {name: value.detach().clone() for name, value in trainer.flow.named_parameters()}
-    for name, value in trainer.flow.named_parameters():
-        value.copy_(trainer.ema[name])
-    n_dof = trainer.flow.n_torsions + trainer.flow.n_stiff
-    row = {"step": float(trainer.step), "wall_s": trainer.wall_s, "train_nll_per_dof": train_nll / n_dof}
-    trainer.rows.append(row | evaluate(trainer.flow))
-    for name, value in trainer.flow.named_parameters():
-        value.copy_(kept[name])
+    n_dof = state.module.n_torsions + state.module.n_stiff
+    row = {"step": float(state.step), "wall_s": state.wall_s, "train_nll_per_dof": train_nll / n_dof}
+    with state.averaged() as flow:
+        state.rows.append(row | evaluate(flow))
 
 
 @torch.no_grad()

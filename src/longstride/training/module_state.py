@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,16 +16,19 @@ if TYPE_CHECKING:
 
     from longstride.data.checkpoint import StateFolder
 
+Module = TypeVar("Module", bound=nn.Module)
+
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
 
 @dataclass(kw_only=True)
-class ModuleState:
+class ModuleState(Generic[Module]):
     """A module in training, on any device.
 
     Attributes:
         module: the network.
         optimizer: AdamW over all of its parameters.
+        rate_key: configuration key of the learning rate, for messages.
         average: exponential moving average of the weights, by parameter name.
         generator: the only random stream of training; on the CPU, so that a checkpoint continues on any device.
         step: optimiser steps done.
@@ -34,8 +37,9 @@ class ModuleState:
         rows: metrics so far.
     """
 
-    module: nn.Module
+    module: Module
     optimizer: torch.optim.AdamW
+    rate_key: str
     average: dict[str, Tensor]
     generator: torch.Generator
     step: int = 0
@@ -44,11 +48,14 @@ class ModuleState:
     rows: list[dict[str, float]] = field(default_factory=list)
 
     @classmethod
-    def fresh(cls, module: nn.Module, *, learning_rate: float, weight_decay: float, seed: int) -> ModuleState:
+    def fresh(
+        cls, module: Module, *, learning_rate: float, weight_decay: float, rate_key: str, seed: int
+    ) -> ModuleState[Module]:
         """Return the state of step 0."""
         optimizer = torch.optim.AdamW(module.parameters(), lr=learning_rate, weight_decay=weight_decay)
         average = {name: value.detach().clone() for name, value in module.named_parameters()}
-        return cls(module=module, optimizer=optimizer, average=average, generator=torch.Generator().manual_seed(seed))
+        generator = torch.Generator().manual_seed(seed)
+        return cls(module=module, optimizer=optimizer, rate_key=rate_key, average=average, generator=generator)
 
     def save(self, folder: StateFolder) -> None:
         """Write a checkpoint from which `load` continues bit for bit."""
@@ -93,7 +100,7 @@ class ModuleState:
             loss.backward()
         norm = nn.utils.clip_grad_norm_(self.module.parameters(), max_gradient)
         if not bool(norm.isfinite()):
-            raise NumericsError(f"training diverged at step {self.step}; lower the learning rate")
+            raise NumericsError(f"training diverged at step {self.step}; lower {self.rate_key}")
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.step()
@@ -104,7 +111,7 @@ class ModuleState:
         self.step += 1
 
     @contextlib.contextmanager
-    def averaged(self) -> Iterator[nn.Module]:
+    def averaged(self) -> Iterator[Module]:
         """Lend the module with averaged weights."""
         kept = {name: value.detach().clone() for name, value in self.module.named_parameters()}
         self.adopt_average()

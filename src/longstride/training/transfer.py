@@ -21,7 +21,7 @@ from longstride.flows.transferable import bind
 from longstride.flows.zmatrix import build_zmatrix
 from longstride.mcmc.metropolis import boltzmann, proposal_quality
 from longstride.progress import Progress
-from longstride.training.flow import learning_rate
+from longstride.training.schedule import RateSchedule
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -123,7 +123,7 @@ class Probe:
 
 
 def train(
-    state: ModuleState,
+    state: ModuleState[TorsionNetwork],
     molecules: Sequence[MoleculeSamples],
     section: TransferConfig,
     *,
@@ -142,19 +142,19 @@ def train(
     Raises:
         NumericsError: training diverged.
     """
-    network: TorsionNetwork = state.module  # type: ignore[assignment]
+    network = state.module
     if folder is not None:
         state.load(folder)
+    schedule = RateSchedule(peak=section.learning_rate, warm_up=section.warm_up_steps, total=section.max_steps)
     progress = Progress("transferable flow", section.max_steps, "steps", start=state.step)
     begin = time.monotonic() - state.wall_s
-    while state.step < section.max_steps:
-        rate = learning_rate(state.step, peak=section.learning_rate, warm_up=section.warm_up_steps, total=section.max_steps)
+    while state.step < schedule.last_step(state):
         chosen = torch.randperm(len(molecules), generator=state.generator)[: section.molecules_per_step].tolist()
         batch = [molecules[index] for index in chosen]
         loss = negative_log_likelihood(network, batch, section.samples_per_molecule, state.generator).mean()
-        state.update(loss, rate=rate, decay=section.ema_decay, max_gradient=_MAX_GRADIENT)
-        state.wall_s = time.monotonic() - begin
-        last = state.step == section.max_steps
+        state.update(loss, rate=schedule.rate(state), decay=section.ema_decay, max_gradient=_MAX_GRADIENT)
+        schedule.count(state, time.monotonic() - begin)
+        last = state.step == schedule.last_step(state)
         if evaluate is not None and (last or state.step % section.metrics_every_steps == 0):
             with state.averaged():
                 row = {"step": float(state.step), "wall_s": state.wall_s, "train_nll_per_torsion": loss.item()}
