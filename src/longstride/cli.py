@@ -184,6 +184,8 @@ def _add_bench(commands: Any) -> None:  # noqa: ANN401 - argparse keeps its subp
     )
     energies.add_argument("--json", action="store_true", help="print JSON instead of a table")
     _add_bench_mcmc(kinds)
+    _add_bench_flow(kinds)
+    _add_bench_parity(kinds)
 
 
 def _add_bench_mcmc(kinds: Any) -> None:  # noqa: ANN401 - argparse keeps its subparser type private
@@ -196,6 +198,32 @@ def _add_bench_mcmc(kinds: Any) -> None:  # noqa: ANN401 - argparse keeps its su
     mcmc.add_argument("--threads", type=int, default=max(1, len(os.sched_getaffinity(0))), help="cores (default: %(default)s)")
     mcmc.add_argument("--quick", action="store_true", help="leave out the dependence on batch size and number of atoms")
     mcmc.add_argument("--json", action="store_true", help="print JSON instead of a table")
+
+
+def _add_bench_flow(kinds: Any) -> None:  # noqa: ANN401 - argparse keeps its subparser type private
+    text = "transferable flow on one core: proposals and exact steps against chains and atoms, their parts, OpenMM beside them"
+    flow = kinds.add_parser("flow", help=text, description=text)
+    flow.set_defaults(command=_bench_flow)
+    flow.add_argument("--system", default="ACE-ALA-NME", metavar="SEQUENCE", help="peptide (default: %(default)s)")
+    flow.add_argument(
+        "--flow",
+        type=Path,
+        metavar="DIR",
+        help="folder of train-transfer (default: an untrained network, which costs the same)",
+    )
+    flow.add_argument("--quick", action="store_true", help="two numbers of chains and one other peptide, few repeats")
+    flow.add_argument("--json", action="store_true", help="print JSON instead of a table")
+
+
+def _add_bench_parity(kinds: Any) -> None:  # noqa: ANN401 - argparse keeps its subparser type private
+    text = "parity of the batched force field with OpenMM: capped residues, dipeptides, tetrapeptides, implicit solvents"
+    parity = kinds.add_parser("parity", help=text, description=f"{text}; exit status 2 where a bar is missed")
+    parity.set_defaults(command=_bench_parity)
+    parity.add_argument(
+        "--list", type=Path, metavar="FILE", help="YAML file of lists of dipeptides, such as a split (default: all 400)"
+    )
+    parity.add_argument("--quick", action="store_true", help="only a few molecules of each kind")
+    parity.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
 
 def _add_import(commands: Any) -> None:  # noqa: ANN401 - argparse keeps its subparser type private
@@ -490,6 +518,28 @@ def _bench_mcmc(options: argparse.Namespace) -> None:
     )
     result = bench_mcmc.mcmc(settings)
     print(json.dumps(result, indent=1) if options.json else bench_mcmc.table(result))
+
+
+def _bench_flow(options: argparse.Namespace) -> None:
+    import json
+    from dataclasses import replace
+
+    from longstride.stages import bench_flow
+
+    settings = bench_flow.QUICK if options.quick else bench_flow.Settings()
+    result = bench_flow.flow(replace(settings, sequence=options.system, flow=options.flow))
+    print(json.dumps(result, indent=1) if options.json else bench_flow.table(result))
+
+
+def _bench_parity(options: argparse.Namespace) -> None:
+    import json
+
+    from longstride.stages import bench_parity
+
+    groups = bench_parity.all_groups(bench_parity.read_list(options.list)) if options.list else bench_parity.all_groups()
+    result = bench_parity.compare(bench_parity.a_few(groups) if options.quick else groups)
+    print(json.dumps(result, indent=1) if options.json else bench_parity.table(result))
+    bench_parity.require(result)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ thread or all, OpenMM with one pinned process, its default threads, or one pinne
 
 from __future__ import annotations
 
+import math
 import resource
 import sys
 import time
@@ -28,6 +29,7 @@ from longstride.units import thermal_energy
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from longstride.config import PhysicsConfig
     from longstride.systems import Prepared
 
 PARITY_CONFIGURATIONS = 64  # the Reference platform interprets the Born expressions, about 2 ms each
@@ -51,7 +53,7 @@ def energies(*, sequence: str, batch: int, threads: int, dtype: torch.dtype = to
         kT, peak memory, provenance.
     """
     physics = validate({}).physics
-    molecule = prepare_sequence(sequence, name=sequence, force_field=physics.force_field, cutoff_nm=physics.cutoff_nm)
+    molecule = prepared(sequence, physics)
     exact = AmberPotential.from_openmm(molecule.openmm_system, molecule.system, name=molecule.target)
     generator = torch.Generator().manual_seed(0)
     x = thermal_configurations(exact, molecule.positions, count=batch, temperature_K=physics.temperature_K, generator=generator)
@@ -74,6 +76,11 @@ def energies(*, sequence: str, batch: int, threads: int, dtype: torch.dtype = to
         ),
         "provenance": provenance(),
     }
+
+
+def prepared(sequence: str, physics: PhysicsConfig) -> Prepared:
+    """Return the molecule of a sequence in some physics, as `longstride prepare` makes it."""
+    return prepare_sequence(sequence, name=sequence, force_field=physics.force_field, cutoff_nm=physics.cutoff_nm)
 
 
 def thermal_configurations(
@@ -118,16 +125,20 @@ def parity(exact: AmberPotential, openmm_system: openmm.System, x: torch.Tensor)
     """Compare a float64 potential with OpenMM's Reference platform.
 
     Returns:
-        maximum over configurations of |dE|/max(|E|, 1 kJ/mol) and of rms |dF| / rms |F|.
+        maximum over configurations of |dE|/max(|E|, 1 kJ/mol), of rms |dF| / rms |F| over the atoms, and of the largest |dF|
+        of an atom / rms |F|.
     """
     state = State(positions=x)
     energy, forces = exact.energy_forces(state)
     truth, true_forces = OpenMMPotential(openmm_system, exact.system, name=exact.name, platform="Reference").energy_forces(
         state
     )
+    wrong = (forces - true_forces).norm(dim=2)
+    rms = true_forces.norm(dim=(1, 2)) / math.sqrt(x.shape[1])
     return {
         "max_relative_energy_error": float(((energy - truth).abs() / truth.abs().clamp(min=1.0)).max()),
-        "max_relative_force_error": float(((forces - true_forces).norm(dim=(1, 2)) / true_forces.norm(dim=(1, 2))).max()),
+        "max_relative_force_error": float((wrong.square().mean(1).sqrt() / rms).max()),
+        "max_relative_force_error_of_an_atom": float((wrong.amax(1) / rms).max()),
         "configurations": len(x),
     }
 

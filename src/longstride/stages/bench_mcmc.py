@@ -14,13 +14,10 @@ Each sampler gets all threads it was given.
 
 from __future__ import annotations
 
-import contextlib
 import math
 import resource
 import sys
-import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -36,10 +33,10 @@ from longstride.mcmc.timewarp import timewarp
 from longstride.potentials.amber import AmberPotential, compiler_available
 from longstride.potentials.openmm import OpenMMPotential
 from longstride.provenance import provenance
-from longstride.stages.bench import thermal_configurations
+from longstride.stages.bench import prepared, thermal_configurations
+from longstride.stages.bench_measure import peak_memory_MiB, rates_in_turn
 from longstride.stages.flow import build_flow
 from longstride.state import State
-from longstride.systems import prepare_sequence
 from longstride.units import thermal_energy
 
 if TYPE_CHECKING:
@@ -145,19 +142,8 @@ def _measured(parts: dict[str, Part]) -> dict[str, dict[str, Any]]:
 
 def _rates(calls: Calls) -> dict[tuple[str, str], float]:
     """Return how many things each call does per second, the best of several rounds over all of them."""
-    repeats = {}
-    for name, (call, _) in calls.items():
-        start = time.perf_counter()
-        call()
-        repeats[name] = max(1, round(WINDOW_SECONDS / (time.perf_counter() - start)))
-    best = dict.fromkeys(calls, 0.0)
-    for _ in range(ROUNDS):
-        for name, (call, count) in calls.items():
-            start = time.perf_counter()
-            for _ in range(repeats[name]):
-                call()
-            best[name] = max(best[name], repeats[name] * count / (time.perf_counter() - start))
-    return best
+    rates = rates_in_turn(calls, rounds=ROUNDS, window_s=WINDOW_SECONDS)
+    return {name: max(values) for name, values in rates.items()}
 
 
 def _ratios(*, cartesian: dict[str, Any], serial: dict[str, Any], internal: dict[str, Any], atoms: int) -> dict[str, float]:
@@ -213,8 +199,7 @@ def _matrix_product(size: int = 2048) -> tuple[Callable[[], object], float]:
 
 
 def _prepared(sequence: str) -> Prepared:
-    physics = validate({}).physics
-    return prepare_sequence(sequence, name=sequence, force_field=physics.force_field, cutoff_nm=physics.cutoff_nm)
+    return prepared(sequence, validate({}).physics)
 
 
 def _potential(molecule: Prepared, settings: Settings) -> AmberPotential:
@@ -239,25 +224,12 @@ def _step(kernel: Kernel, potential: Potential, x: State) -> Callable[[], object
     return lambda: kernel(chains, generator)
 
 
-def _memory_MiB(*calls: Callable[[], object]) -> int | None:
-    """Return the highest resident memory of a first call of each, in MiB; None where the system does not say."""
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")  # forget the highest use so far (Linux)
-    for call in calls:
-        call()
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-    except OSError:
-        return None
-    return next((int(line.split()[1]) // 2**10 for line in lines if line.startswith("VmHWM:")), None)
-
-
 def _cartesian(flow: CartesianFlow, molecule: Prepared, potential: Potential, *, batch: int) -> Part:
     proposal, x = flow.bind(molecule.system), _starts(molecule, batch)
     alone = _flow_part(proposal, x)
     step = _step(metropolis(boltzmann(potential, _kT()), proposal, propose=proposal.propose), potential, x)
     facts = {"parameters": sum(value.numel() for value in flow.parameters()), **alone.facts}
-    facts["peak_memory_MiB"] = _memory_MiB(*(call for call, _ in alone.calls.values()), step)
+    facts["peak_memory_MiB"] = peak_memory_MiB(*(call for call, _ in alone.calls.values()), step)
     return Part(facts=facts, calls={**alone.calls, STEP: (step, batch)})
 
 
@@ -270,7 +242,7 @@ def _flow_part(proposal: CartesianProposal, x: State) -> Part:
         return proposal.propose(x, generator)
 
     work = {name: value / 1e9 for name, value in operations(proposal.flow.architecture, atoms).items()}
-    facts = {"batch": batch, "GFLOP_per_proposal": work, "peak_memory_MiB": _memory_MiB(propose)}
+    facts = {"batch": batch, "GFLOP_per_proposal": work, "peak_memory_MiB": peak_memory_MiB(propose)}
     return Part(facts=facts, calls={FLOW: (propose, batch)})
 
 
@@ -303,7 +275,7 @@ def _internal(molecule: Prepared, potential: AmberPotential) -> Part:
     kernel = timewarp(flow.bound(molecule.system), potential, kT=_kT(), independent_probability=0.0)
     step = _step(kernel, potential, State(positions=frames[:INTERNAL_BATCH]))
     parameters = sum(value.numel() for value in flow.parameters())
-    facts = {"batch": INTERNAL_BATCH, "parameters": parameters, "peak_memory_MiB": _memory_MiB(step)}
+    facts = {"batch": INTERNAL_BATCH, "parameters": parameters, "peak_memory_MiB": peak_memory_MiB(step)}
     return Part(facts=facts, calls={STEP: (step, INTERNAL_BATCH)})
 
 
@@ -389,7 +361,7 @@ def _serial(flow: CartesianFlow, molecule: Prepared) -> Part:
 
     facts = {
         "largest_log_q_difference": _agreement(proposal, x, elements),
-        "peak_memory_MiB": _memory_MiB(propose, step),
+        "peak_memory_MiB": peak_memory_MiB(propose, step),
     }
     return Part(facts=facts, calls={FLOW: (propose, 1), STEP: (step, 1)})
 
