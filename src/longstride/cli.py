@@ -56,7 +56,7 @@ def build_parser() -> argparse.ArgumentParser:
     _folders(prepare, "out")
     prepare.add_argument("--sequence", help="instead of --system: ACE-ALA-NME, AA, YLFP, ...")
     prepare.add_argument("--file", help="instead of --system: a PDB or mmCIF file")
-    reference = _command(commands, "reference", _reference, "OpenMM Langevin MD from several basins", cfg.ReferenceConfig)
+    reference = _command(commands, "reference", _reference, "Langevin MD from several basins", cfg.ReferenceConfig)
     _folders(reference, "prepared", "out", "state")
     shard = _command(commands, "shard", _shard, "trajectories -> shards of lagged pairs", cfg.ShardConfig)
     _folders(shard, "reference", "out")

@@ -72,8 +72,11 @@ class PhysicsConfig(Section):
 
 
 class ReferenceConfig(Section):
-    """Reference molecular dynamics with OpenMM (LangevinMiddle, no constraints)."""
+    """Reference molecular dynamics (Langevin, no constraints)."""
 
+    engine: Literal["openmm", "batched"] = Field(
+        "openmm", description="openmm: one process per trajectory; batched: hundreds of trajectories at once, many times faster"
+    )
     trajectories: int = Field(8, ge=2, description="independent trajectories, started in different basins")
     length_ps: float = Field(300.0, gt=0, description="production length of each trajectory")
     equilibration_ps: float = Field(10.0, ge=0, description="discarded start of each trajectory")
@@ -84,6 +87,10 @@ class ReferenceConfig(Section):
     )
     save_every_ps: float = Field(0.2, gt=0, description="time between saved frames")
     checkpoint_every_ps: float = Field(20.0, gt=0, description="simulated time between checkpoints")
+    compile_energy: bool | None = Field(
+        None,
+        description="engine batched: compile the forces, ten times faster after 10-40 s; null: where there is a C++ compiler",
+    )
 
     @model_validator(mode="after")
     def _whole_frames(self) -> ReferenceConfig:
