@@ -10,9 +10,10 @@ EXPLANATIONS = {
     "biased": "does not sample the target distribution: use it to find states, not to weigh them",
 }
 METHOD_NOTES = {
-    "reference": "OpenMM Langevin dynamics started in several basins; an MSM removes the choice of starts from populations.",
+    "reference": "Langevin dynamics started in several basins; an MSM removes the choice of starts from populations.",
     "umbrella": "Umbrella sampling of phi and psi with replica exchange, then WHAM: a second, independent reference for ΔF.",
     "md": "Plain OpenMM Langevin dynamics: the baseline on the AMBER-type target.",
+    "tuned-md": "Langevin dynamics of many replicas at once on the batched force field: the tuned baseline on that target.",
     "timewarp": "A conditional normalising flow proposes the molecule a long time ahead; Metropolis-Hastings makes it exact.",
     "explore": "The same flow proposals without the correction, with an energy filter against broken structures.",
     "mts": "RESPA dynamics: the distilled student every inner step, the teacher every outer step.",

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from torch import Generator
 
-    from longstride.config import MTSSampling, ReferenceConfig, STSSampling
+    from longstride.config import MTSSampling, ReferenceConfig, STSSampling, TunedMDSampling
     from longstride.data.checkpoint import StateFolder
     from longstride.state import System
 
@@ -54,11 +54,14 @@ class Monitor:
 
     def _healthy(self, md: MDState) -> bool:
         """Few operations, since this runs every step; comparisons with NaN are false."""
-        difference = md.forces if md.fast_forces is None else md.forces - md.fast_forces
-        limit = self.max_slow_force if md.fast_forces is not None else math.inf
-        largest, energy = float(difference.square().sum(dim=2).max()), float(md.potential_energy.sum())
-        small = largest <= limit * limit and float(md.temperature_K.max()) <= self.max_temperature_K(len(md.masses))
-        return small and math.isfinite(largest) and math.isfinite(energy)
+        cold = float(md.temperature_K.max()) <= self.max_temperature_K(len(md.masses))
+        # a sum over all replicas is finite only where every summand is
+        if not (cold and math.isfinite(float(md.potential_energy.sum())) and math.isfinite(float(md.forces.sum()))):
+            return False
+        if md.fast_forces is None:
+            return True
+        largest = float((md.forces - md.fast_forces).square().sum(dim=2).max())
+        return largest <= self.max_slow_force**2 and math.isfinite(largest)
 
     def _diagnose(self, md: MDState, time_ps: float) -> None:
         finite = torch.isfinite(md.potential_energy)
@@ -114,7 +117,7 @@ class RunPlan:
     @classmethod
     def of(
         cls,
-        section: ReferenceConfig | MTSSampling | STSSampling,
+        section: ReferenceConfig | TunedMDSampling | MTSSampling | STSSampling,
         *,
         dt: float,
         n_inner: int = 1,
