@@ -56,7 +56,7 @@ def build_parser() -> argparse.ArgumentParser:
     _folders(prepare, "out")
     prepare.add_argument("--sequence", help="instead of --system: ACE-ALA-NME, AA, YLFP, ...")
     prepare.add_argument("--file", help="instead of --system: a PDB or mmCIF file")
-    reference = _command(commands, "reference", _reference, "OpenMM Langevin MD from several basins", cfg.ReferenceConfig)
+    reference = _command(commands, "reference", _reference, "Langevin MD from several basins", cfg.ReferenceConfig)
     _folders(reference, "prepared", "out", "state")
     shard = _command(commands, "shard", _shard, "trajectories -> shards of lagged pairs", cfg.ShardConfig)
     _folders(shard, "reference", "out")
@@ -145,7 +145,10 @@ def _add_transfer(commands: Any) -> None:  # noqa: ANN401 - argparse keeps its s
 def _add_sample(commands: Any) -> None:  # noqa: ANN401 - argparse keeps its subparser type private
     sample = _command(commands, "sample", _sample, "draw samples with one method", None)
     sample.add_argument(
-        "--method", required=True, choices=cfg.METHODS, help="exact: timewarp; unadjusted: md, mts, sts; biased: explore"
+        "--method",
+        required=True,
+        choices=cfg.METHODS,
+        help="exact: timewarp; unadjusted: md, tuned-md, mts, sts; biased: explore",
     )
     sample.add_argument("--seed", type=int, default=0, metavar="K", help="repeat number (default: 0)")
     sample.add_argument(
@@ -163,11 +166,10 @@ def _add_sample(commands: Any) -> None:  # noqa: ANN401 - argparse keeps its sub
     sample.add_argument("--flow", type=Path, metavar="DIR", help=shipped)
     sample.add_argument("--distill", type=Path, metavar="DIR", help="folder of the distill stage (mts)")
     lines = []
-    for method, section in cfg.SampleConfig.model_fields.items():
-        if isinstance(section.default, BaseModel):
-            lines += [f"settings of {method}:"]
-            fields = type(section.default).model_fields
-            lines += [f"  {key} (default: {field.get_default()})  {field.description}" for key, field in fields.items()]
+    for method in cfg.METHODS:
+        lines += [f"settings of {method}:"]
+        fields = type(cfg.SampleConfig.model_fields[cfg.section_of(method)].default).model_fields
+        lines += [f"  {key} (default: {field.get_default()})  {field.description}" for key, field in fields.items()]
     sample.epilog = "\n".join(lines)
     sample.formatter_class = argparse.RawDescriptionHelpFormatter
 
@@ -400,7 +402,7 @@ def _sample(options: argparse.Namespace) -> None:
         if not equals:
             raise ConfigError(f"--set takes KEY=VALUE, not {item!r}")
         setattr(options, f"set_{key}", text)
-    config = _load(options, f"sample.{options.method}")
+    config = _load(options, f"sample.{cfg.section_of(options.method)}")
     if options.sequence:
         config = _prepared_here(options, config)
     elif not options.prepared:

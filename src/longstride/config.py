@@ -19,8 +19,9 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 from longstride.errors import ConfigError
 
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$")]
-Method = Literal["md", "timewarp", "explore", "mts", "sts"]
+Method = Literal["md", "tuned-md", "timewarp", "explore", "mts", "sts"]
 METHODS: tuple[Method, ...] = typing.get_args(Method)
+DEFAULT_METHODS: tuple[Method, ...] = ("md", "timewarp", "explore", "mts", "sts")
 Energies = Literal["batched", "openmm"]
 FITTED_STATES = "torsion states to which the density of bonds and angles is fitted before the first step"
 ENERGIES = "who evaluates the target: batched (thousands of configurations at once) or openmm (any System, one by one)"
@@ -73,8 +74,11 @@ class PhysicsConfig(Section):
 
 
 class ReferenceConfig(Section):
-    """Reference molecular dynamics with OpenMM (LangevinMiddle, no constraints)."""
+    """Reference molecular dynamics (Langevin, no constraints)."""
 
+    engine: Literal["openmm", "batched"] = Field(
+        "openmm", description="openmm: one process per trajectory; batched: hundreds of trajectories at once, many times faster"
+    )
     trajectories: int = Field(8, ge=2, description="independent trajectories, started in different basins")
     length_ps: float = Field(300.0, gt=0, description="production length of each trajectory")
     equilibration_ps: float = Field(10.0, ge=0, description="discarded start of each trajectory")
@@ -85,6 +89,10 @@ class ReferenceConfig(Section):
     )
     save_every_ps: float = Field(0.2, gt=0, description="time between saved frames")
     checkpoint_every_ps: float = Field(20.0, gt=0, description="simulated time between checkpoints")
+    compile_energy: bool | None = Field(
+        None,
+        description="engine batched: compile the forces, ten times faster after 10-40 s; null: where there is a C++ compiler",
+    )
 
     @model_validator(mode="after")
     def _whole_frames(self) -> ReferenceConfig:
@@ -249,6 +257,28 @@ class MDSampling(Section):
         return self
 
 
+class TunedMDSampling(Section):
+    """Method `tuned-md`: Langevin dynamics of many replicas on the batched force field, the tuned baseline beside `md`."""
+
+    chains: int = Field(128, ge=2, description="independent trajectories, advanced together in groups of 128")
+    length_ps: float = Field(200.0, gt=0, description="length of each trajectory; 200 ps take about a minute on one core")
+    timestep_fs: float = Field(4.0, gt=0, le=8, description="integration step")
+    friction_per_ps: float = Field(0.3, gt=0, description="Langevin friction")
+    hydrogen_mass_Da: float | None = Field(3.024, ge=1, le=4, description="hydrogen mass; null keeps 1.008")
+    equilibration_ps: float = Field(5.0, ge=0, description="discarded start of each trajectory")
+    save_every_ps: float = Field(0.2, gt=0, description="time between saved frames")
+    checkpoint_every_ps: float = Field(20.0, gt=0, description="simulated time between checkpoints")
+    compile_energy: bool | None = Field(
+        None, description="compile the forces, ten times faster after 10-40 s; null: where a C++ compiler is found"
+    )
+
+    @model_validator(mode="after")
+    def _whole_frames(self) -> TunedMDSampling:
+        _check_multiple(self.save_every_ps * 1000, self.timestep_fs, "save_every_ps", "timestep_fs")
+        _check_multiple(self.length_ps, self.save_every_ps, "length_ps", "save_every_ps")
+        return self
+
+
 class FlowSampling(Section):
     """What both methods with flow proposals share."""
 
@@ -359,9 +389,10 @@ class STSSampling(Section):
 class SampleConfig(Section):
     """Which methods run, how often, and how."""
 
-    methods: tuple[Method, ...] = Field(METHODS, min_length=1, description="methods to run")
+    methods: tuple[Method, ...] = Field(DEFAULT_METHODS, min_length=1, description="methods to run; tuned-md is another one")
     seeds: int = Field(2, ge=1, le=1000, description="independent repeats of every method")
     md: MDSampling = MDSampling()
+    tuned_md: TunedMDSampling = TunedMDSampling()
     timewarp: TimewarpSampling = TimewarpSampling()
     explore: ExploreSampling = ExploreSampling()
     mts: MTSSampling = MTSSampling()
@@ -555,6 +586,11 @@ def _model_in(annotation: Any) -> type[BaseModel] | None:  # noqa: ANN401 - a ty
     return None
 
 
+def section_of(method: str) -> str:
+    """Return the name of a method's section within `sample`."""
+    return method.replace("-", "_")
+
+
 def stage_view(config: Config, stage: str, *, system: str | None = None, method: str | None = None) -> dict[str, Any]:
     """Return the part of the configuration that one job reads, as plain values.
 
@@ -573,7 +609,7 @@ def stage_view(config: Config, stage: str, *, system: str | None = None, method:
     if stage in ("prepare", "reference", "chains", "sample", "free_energy", "compare", "distill"):
         view["physics"] = full["physics"]
     if stage == "sample" and method is not None:
-        view["sample"] = full["sample"][method]
+        view["sample"] = full["sample"][section_of(method)]
         if method in ("mts", "sts"):
             view["teacher"] = full["distill"]["teacher"]
     elif stage in full:

@@ -33,6 +33,7 @@ CONFIG_VARIABLE = "LONGSTRIDE_CONFIG"
 # the module of longstride.stages that does the work, where it is not named like the stage
 MODULES = {
     "md": "sample_md",
+    "tuned-md": "sample_tuned_md",
     "timewarp": "sample_flow",
     "explore": "sample_flow",
     "mts": "sample_mts",

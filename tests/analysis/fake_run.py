@@ -176,7 +176,7 @@ def write_reference(folder, builder, sizes, generator):
 
 def write_samples(folder, builder, *, method, angles, energy, generator, target=None, counts=None, seconds=5.0):
     """Write one sample folder; dynamics also get velocities."""
-    dynamics = method in ("md", "mts", "sts")
+    dynamics = method not in ("timewarp", "explore")
     arrays = {"positions": builder.positions(generator, angles), "potential_energy": energy}
     if dynamics:
         masses = builder.prepared.system.masses
@@ -204,11 +204,11 @@ def _write_method(folder, builder, method, sizes, generator):
         energy = energies(generator, angles.shape[:2], temperature=hotter)
         write_samples(folder, builder, method=method, angles=angles, energy=energy, generator=generator)
         return
-    chains = sizes.md_chains
-    if method == "md":
+    chains = sizes.md_chains * (3 if method == "tuned-md" else 1)
+    if method in ("md", "tuned-md"):
         starts = generator.integers(0, 3, size=chains)
         angles = torsions_of(generator, jump_chain(generator, times=sizes.frames, starts=starts))
-        target, mean, seconds = None, -100.0, 30.0
+        target, mean, seconds = None, -100.0, 30.0 if method == "md" else 10.0
     else:
         angles = torsions_of(generator, np.zeros((sizes.saves, chains), dtype=int))
         target, mean, seconds = "gfn2-xtb", -9e4, 8.0 if method == "mts" else 20.0
@@ -230,7 +230,7 @@ def make_run(root: Path, *, sizes: Sizes | None = None, seed: int = 11) -> Path:
     save_prepared(prepared_folder, prepared, {"temperature_K": TEMPERATURE})
     builder = Builder(load_prepared(prepared_folder))
     write_reference(root / "reference" / "fake", builder, sizes, generator)
-    for method in ("md", "timewarp", "explore", "mts", "sts"):
+    for method in ("md", "tuned-md", "timewarp", "explore", "mts", "sts"):
         for k in range(sizes.seeds):
             _write_method(root / "sample" / "fake" / method / f"seed{k}", builder, method, sizes, generator)
     return root

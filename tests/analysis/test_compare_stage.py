@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from fake_run import SECTION, TRUE_DELTA_F, sample_folders
 
+from longstride.analysis.verdict import speedup_sentence
 from longstride.data.atomic import read_arrays, write_arrays
 from longstride.data.manifest import read_manifest, write_manifest
 from longstride.errors import DataError
@@ -37,10 +38,10 @@ def test_every_output_is_named_in_the_manifest(compared):
 def test_one_row_per_cell_and_absent_ones_too(compared, tmp_path):
     rows = summary(compared, tmp_path)
     cells = [(row["method"], row["seed"]) for row in rows]
-    assert len(cells) == len(set(cells)) == 12
+    assert len(cells) == len(set(cells)) == 14
     assert cells[0] == ("reference", "")
-    absent = rows[-1]
-    assert (absent["method"], absent["seed"], absent["status"]) == ("timewarp", "7", "absent: not sampled")
+    (absent,) = (row for row in rows if (row["method"], row["seed"]) == ("timewarp", "7"))
+    assert absent["status"] == "absent: not sampled"
     assert absent["ess"] == ""
 
 
@@ -59,11 +60,13 @@ def test_methods_are_compared_only_within_their_target(content):
     assert entry_of(content, "mts")["baseline"] == "sts, all seeds"
     assert entry_of(content, "sts")["baseline"] == "is the baseline"
     assert entry_of(content, "sts")["energy"]["ks"] is None
-    by_method = {one["method"]: one for one in content["speedups"]}
-    assert set(by_method) == {"timewarp", "mts"}, "biased methods and baselines have no speed-up"
-    assert by_method["mts"]["versus"] == "sts"
-    assert by_method["mts"]["throughput_ratio"] == pytest.approx(2.5)
-    assert by_method["mts"]["against_msm"]["value"] is None
+    pairs = {(one["method"], one["versus"]): one for one in content["speedups"]}
+    assert set(pairs) == {("timewarp", "md"), ("timewarp", "tuned-md"), ("tuned-md", "md"), ("mts", "sts")}, "none is biased"
+    assert [one["method"] for one in content["speedups"] if one["is_baseline"]] == ["tuned-md"]
+    assert pairs["mts", "sts"]["throughput_ratio"] == pytest.approx(2.5)
+    assert pairs["mts", "sts"]["against_msm"]["value"] is None
+    assert pairs["tuned-md", "md"]["throughput_ratio"] == pytest.approx(9.0)  # three times the chains in a third of the time
+    assert pairs["timewarp", "tuned-md"]["throughput_ratio"] is None
 
 
 def test_kinetics_only_for_physical_time(content):
@@ -235,9 +238,11 @@ def test_a_molecule_without_a_backbone_is_compared_by_energy_alone(tmp_path):
 
 def test_the_msm_gives_no_rate_where_it_does_not_connect_the_basins(content):
     # six seeded trajectories of 80 ps: one in three starts in the rare basin, and few or none return
-    entry = next(one for one in content["speedups"] if one["method"] == "timewarp")
     reference = content["reference"]["delta_f"][content["primary_pair"][0]]
-    assert (entry["against_msm"]["value"] is None) == (reference["value"] is None)
+    entries = [one for one in content["speedups"] if one["method"] == "timewarp"]
+    assert [one["versus"] for one in entries] == ["md", "tuned-md"]
+    for entry in entries:
+        assert (entry["against_msm"]["value"] is None) == (reference["value"] is None)
 
 
 def test_no_ratio_to_plain_dynamics_that_has_not_mixed():
@@ -249,3 +254,57 @@ def test_no_ratio_to_plain_dynamics_that_has_not_mixed():
     assert mixed.value == 2.0
     assert stuck.value is None
     assert "has not mixed" in stuck.note
+
+
+def pooled_entry(method, rate, throughput, *, invariance="unadjusted", rhat=1.01, target="amber"):
+    ess = {"value": rate, "low": 0.8 * rate, "high": 1.25 * rate, "note": ""}
+    return {
+        "target": target, "method": method, "invariance": invariance, "ess_per_s": ess, "rhat_max": rhat,
+        "throughput_ps_per_s": throughput, "cores": 1,
+    }  # fmt: skip
+
+
+@pytest.fixture
+def slowest(monkeypatch):
+    """An MSM whose slowest timescale is 500 (400 to 700) ps."""
+    from longstride.analysis import comparison
+    from longstride.analysis.estimate import Estimate
+
+    monkeypatch.setattr(comparison, "_crossing_time", lambda *_: Estimate(value=500.0, low=400.0, high=700.0))
+    return comparison.speedups
+
+
+def test_every_method_is_measured_against_both_baselines(slowest):
+    md = pooled_entry("md", 0.05, 20.0, rhat=2.5)
+    tuned, flow = pooled_entry("tuned-md", 0.5, 400.0), pooled_entry("timewarp", 100.0, None, invariance="exact")
+    biased = pooled_entry("explore", 900.0, None, invariance="biased")
+    reference = {"target": "amber", "throughput_ps_per_s": 10.0}
+    found = {(one["method"], one["versus"]): one for one in slowest([biased, md, flow, tuned], reference, None, None)}
+    assert set(found) == {("timewarp", "md"), ("timewarp", "tuned-md"), ("tuned-md", "md")}
+    # one effective sample of the slowest process per 2 x 500 ps, at the throughput of each baseline
+    against_md, against_tuned = found["timewarp", "md"], found["timewarp", "tuned-md"]
+    assert against_md["dynamics_ess_per_s_from_msm"]["value"] == pytest.approx(20.0 / 1000.0)
+    assert against_tuned["dynamics_ess_per_s_from_msm"]["value"] == pytest.approx(400.0 / 1000.0)
+    assert against_md["against_msm"]["value"] == pytest.approx(5000.0)
+    assert against_tuned["against_msm"]["value"] == pytest.approx(250.0)
+    width = np.hypot(np.log(1.25 / 0.8) / 2, np.log(700.0 / 400.0) / 2)
+    assert against_tuned["against_msm"]["high"] == pytest.approx(250.0 * np.exp(width))
+    assert against_tuned["against_msm"]["low"] == pytest.approx(250.0 * np.exp(-width))
+    assert "has not mixed" in against_md["measured"]["note"]
+    assert against_tuned["measured"]["value"] == pytest.approx(200.0)
+    assert found["tuned-md", "md"]["throughput_ratio"] == pytest.approx(20.0)
+    assert found["tuned-md", "md"]["against_msm"]["value"] == pytest.approx(25.0)
+    text = speedup_sentence(against_tuned)
+    for part in ("timewarp (exact) on amber, against tuned-md", "200 (", "250 (", "allows tuned-md at its 400 ps/s"):
+        assert part in text
+    assert "no measured ratio to md (md has not mixed" in speedup_sentence(against_md)
+
+
+def test_without_plain_dynamics_the_reference_gives_the_rate(slowest):
+    reference = {"target": "amber", "throughput_ps_per_s": 10.0}
+    (one,) = slowest([pooled_entry("timewarp", 100.0, None, invariance="exact")], reference, None, None)
+    assert (one["versus"], one["against_msm"]["value"]) == ("reference", pytest.approx(10_000.0))
+    assert one["measured"]["value"] is None
+    assert slowest([pooled_entry("tuned-md", 0.5, 400.0)], reference, None, None) == []
+    elsewhere = slowest([pooled_entry("mts", 1.0, 1.0, target="gfn2-xtb")], reference, None, None)
+    assert elsewhere[0]["against_msm"]["note"] == "no MSM of this target"

@@ -75,7 +75,14 @@ def test_the_page_is_well_formed_and_needs_nothing_else(page):
 
 
 def test_the_page_says_what_matters(page):
-    for text in ("no measured ratio to md", "MSM", "raw histogram", "absent: not sampled", "No comparison for: other"):
+    for text in (
+        "no measured ratio to md",
+        "against tuned-md (batched dynamics, the tuned baseline)",
+        "MSM",
+        "raw histogram",
+        "absent: not sampled",
+        "No comparison for: other",
+    ):
         assert text in page
     for word in ("exact", "unadjusted", "biased"):
         assert f'class="tag {word}"' in page
@@ -118,9 +125,9 @@ def test_numbers_for_people():
 
 
 def test_break_even_arithmetic():
-    entry = {"measured": {"value": 5.0}, "against_msm": {"value": None}, "plain_ess_per_s": 2.0}
+    entry = {"versus": "md", "measured": {"value": 5.0}, "against_msm": {"value": None}, "plain_ess_per_s": 2.0}
     # 100 s of preparation; 2 ESS/s against 10 ESS/s: E / 2 = 100 + E / 10 at E = 250, 125 s of plain dynamics
-    assert "250 effective samples, or 125 s" in break_even(entry, preparation_s=100.0)
+    assert "250 effective samples, or 125 s of md." in break_even(entry, preparation_s=100.0)
     assert "never pays back" in break_even(entry | {"measured": {"value": 0.5}}, preparation_s=100.0)
     assert "undefined" in break_even(entry, preparation_s=None)
     assert "undefined" in break_even(entry | {"measured": {"value": None}}, preparation_s=1.0)

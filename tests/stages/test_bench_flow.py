@@ -25,9 +25,9 @@ def _in_this_process(monkeypatch):
     monkeypatch.setattr(bench_flow, "in_fresh_process", bench_flow.measure)
     original = BoundMolecule.of
 
-    def once(prepared, potential, *, kT):
+    def once(prepared, potential, *, kT, fitted_states=0):
         if prepared.system.name not in BOUND:
-            BOUND[prepared.system.name] = original(prepared, potential, kT=kT)
+            BOUND[prepared.system.name] = original(prepared, potential, kT=kT, fitted_states=20)
         return BOUND[prepared.system.name]
 
     monkeypatch.setattr(BoundMolecule, "of", once)
@@ -94,12 +94,13 @@ def test_the_parts_are_those_of_a_proposal():
     sampler, _ = bench_flow._sampler(replace(FAST, chains=4))
     molecule, x = sampler.proposal.molecule, sampler.x.positions
     plain = molecule.encode(x)
-    known = bench_flow._with_mean(molecule, molecule.gaussian.mean(plain.torsions))
+    conditional = molecule.gaussian.at(plain.torsions)
+    known = bench_flow._with_known(molecule, conditional)
     assert torch.equal(known.encode(x).log_stiff, plain.log_stiff)
     again, truth = (m.decode(plain.torsions, plain.latent, x) for m in (known, molecule))
     assert torch.equal(again.positions, truth.positions)
     # the control: another mean is another density
-    moved = bench_flow._with_mean(molecule, molecule.gaussian.mean(plain.torsions) + 1e-3)
+    moved = bench_flow._with_known(molecule, replace(conditional, mean=conditional.mean + 1e-2))
     assert not torch.allclose(moved.encode(x).log_stiff, plain.log_stiff)
 
 

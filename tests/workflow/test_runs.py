@@ -17,7 +17,7 @@ from longstride.config import Config, load_config, validate
 from longstride.errors import ConfigError, LongstrideError
 
 STAGES = ("prepare", "reference", "shard", "flow", "distill", "compare", "report")
-METHODS = ("md", "timewarp", "explore", "mts", "sts")
+METHODS = ("md", "tuned-md", "timewarp", "explore", "mts", "sts")
 
 
 @pytest.fixture(autouse=True)
@@ -43,6 +43,7 @@ def _keys(values: dict) -> dict[str, str]:
         ({"distill": {"hidden": 32}}, {"distill"}),
         ({"distill": {"teacher": "gfn1-xtb"}}, {"distill", "mts", "sts"}),
         ({"sample": {"md": {"chains": 8}}}, {"md"}),
+        ({"sample": {"tuned_md": {"chains": 8}}}, {"tuned-md"}),
         ({"sample": {"timewarp": {"chains": 8}}}, {"timewarp"}),
         ({"sample": {"seeds": 4}}, set()),
         ({"compare": {"bins": 12}}, {"compare"}),

@@ -48,7 +48,7 @@ for name, folder, arguments in json.load(sys.stdin):
     os._exit(0)
 """
 OWN_CONFIGS = {
-    "md-only": "run: {name: md-only}\nsample: {methods: [md], seeds: 1}\n",
+    "md-only": "run: {name: md-only}\nsample: {methods: [md, tuned-md], seeds: 1}\n",
     "bad": "flow: {hiden: 3}\n",
 }
 
@@ -118,6 +118,7 @@ def test_slurm_profile_plans_without_slurm(cases):
 def test_a_method_that_needs_no_network_trains_none(cases):
     text = cases["md-only"][1]
     assert "sample: md of" in text
+    assert "sample: tuned-md of" in text
     assert not re.search("train-flow: |distill: ", text)
 
 

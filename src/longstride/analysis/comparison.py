@@ -30,7 +30,9 @@ if TYPE_CHECKING:
     from longstride.analysis.samples import Cell, Molecule, SampleSet
     from longstride.config import CompareConfig
 
-BASELINE_METHODS = ("md", "sts")
+# what each method is measured against, where it was sampled on the same target; the baselines among each other likewise
+BASELINE_METHODS = ("md", "tuned-md", "sts")
+BASELINES_OF_BASELINES = {"md": (), "tuned-md": ("md",), "sts": ()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +62,7 @@ def pooled_sets(cells: list[Cell]) -> dict[tuple[str, str], SampleSet]:
     for key, sets in groups.items():
         angles, energy = pool(sets)
         manifest = dict(sets[0].manifest)
+        manifest["cores"] = (manifest.get("timing") or {}).get("threads")
         for part in ("timing", "counts"):
             manifest[part] = _summed([dict(one.manifest.get(part) or {}) for one in sets])
         found[key] = replace(sets[0], manifest=manifest, angles=angles, energy=energy, temperature={})
@@ -131,6 +134,7 @@ def _pooled_json(
                 "n_samples": samples.size,
                 **{key: entry[key] for key in ("ess", "ess_per_s", "rhat_max")},
                 "sampling_s": seconds,
+                "cores": samples.manifest["cores"],
                 "throughput_ps_per_s": simulated / seconds if simulated and seconds else None,
             }
         )
@@ -241,39 +245,56 @@ def _plain_rate(plain: dict[str, Any] | None) -> Estimate:
 def speedups(
     pooled: list[dict[str, Any]], reference_entry: dict[str, Any], reference: ReferenceModel, section: CompareConfig
 ) -> list[dict[str, Any]]:
-    """Return ESS/s of every unbiased method over the plain dynamics of its target, all seeds pooled.
+    """Return ESS/s of every unbiased method over each plain dynamics of its target, all seeds pooled.
 
-    Plain dynamics is `md` on the reference's target and `sts` on a teacher. Two ratios: against its measured ESS/s, and,
-    on the reference's target, against the rate that follows from the MSM's slowest timescale and the measured
-    throughput (`cost.dynamics_rate`), which exists even where plain dynamics never crosses.
+    Plain dynamics is `md` and `tuned-md` on the reference's target (the second is measured against the first) and `sts`
+    on a teacher. Two ratios each: against its measured ESS/s, and, on the reference's target, against the rate that
+    follows from the MSM's slowest timescale and the throughput of that plain dynamics (`cost.dynamics_rate`), which exists
+    even where plain dynamics never crosses. Without any plain dynamics the throughput is that of the reference.
     """
+    own_target = reference_entry["target"]
+    crossing = _crossing_time(reference, section)
     found = []
     for entry in pooled:
-        if entry["method"] in BASELINE_METHODS or entry["invariance"] == "biased":
+        if entry["invariance"] == "biased":
             continue
-        plain = next((one for one in pooled if one["target"] == entry["target"] and one["method"] in BASELINE_METHODS), None)
-        own = entry["target"] == reference_entry["target"]
-        rate = plain["throughput_ps_per_s"] if plain else (reference_entry["throughput_ps_per_s"] if own else None)
-        slowest = _crossing_time(reference, section) if own else undefined("no MSM of this target")
-        from_msm = dynamics_rate(slowest, rate)
-        measured = _plain_rate(plain)
-        this = _estimate(entry["ess_per_s"])
-        throughput = None
-        if plain and plain["throughput_ps_per_s"] and entry["throughput_ps_per_s"]:
-            throughput = entry["throughput_ps_per_s"] / plain["throughput_ps_per_s"]
-        found.append(
-            {
-                "target": entry["target"],
-                "method": entry["method"],
-                "invariance": entry["invariance"],
-                "versus": plain["method"] if plain else "reference",
-                "measured": ratio(this, measured).to_json(),
-                "dynamics_ess_per_s_from_msm": from_msm.to_json(),
-                "against_msm": ratio(this, from_msm).to_json(),
-                "throughput_ratio": throughput,
-            }
-        )
+        own = entry["target"] == own_target
+        slowest = crossing if own else undefined("no MSM of this target")
+        plains = _plain_dynamics(entry, pooled)
+        found += [_speedup(entry, plain, slowest=slowest) for plain in plains]
+        if not plains and entry["method"] not in BASELINE_METHODS:
+            rate = reference_entry["throughput_ps_per_s"] if own else None
+            found.append(_speedup(entry, None, slowest=slowest, reference_throughput=rate))
     return found
+
+
+def _plain_dynamics(entry: dict[str, Any], pooled: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    names = BASELINES_OF_BASELINES.get(entry["method"], BASELINE_METHODS)
+    return [one for name in names for one in pooled if (one["target"], one["method"]) == (entry["target"], name)]
+
+
+def _speedup(
+    entry: dict[str, Any], plain: dict[str, Any] | None, *, slowest: Estimate, reference_throughput: float | None = None
+) -> dict[str, Any]:
+    throughput = plain["throughput_ps_per_s"] if plain else reference_throughput
+    from_msm = dynamics_rate(slowest, throughput)
+    baseline = entry["method"] in BASELINE_METHODS
+    this = _plain_rate(entry) if baseline else _estimate(entry["ess_per_s"])
+    simulated = entry["throughput_ps_per_s"]
+    return {
+        "target": entry["target"],
+        "method": entry["method"],
+        "invariance": entry["invariance"],
+        "is_baseline": baseline,
+        "versus": plain["method"] if plain else "reference",
+        "cores": entry["cores"],
+        "versus_cores": plain["cores"] if plain else None,
+        "versus_throughput_ps_per_s": throughput,
+        "measured": ratio(this, _plain_rate(plain)).to_json(),
+        "dynamics_ess_per_s_from_msm": from_msm.to_json(),
+        "against_msm": ratio(this, from_msm).to_json(),
+        "throughput_ratio": simulated / throughput if plain and throughput and simulated else None,
+    }
 
 
 def table_of(free_energy: FreeEnergy | None, bins: int) -> tuple[np.ndarray, np.ndarray]:

@@ -24,11 +24,12 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 COLOURS = {
-    "reference": "#000000", "md": "#0072B2", "timewarp": "#D55E00", "explore": "#CC79A7", "mts": "#009E73", "sts": "#E69F00",
+    "reference": "#000000", "md": "#0072B2", "tuned-md": "#56B4E9", "timewarp": "#D55E00", "explore": "#CC79A7",
+    "mts": "#009E73", "sts": "#E69F00",
 }  # fmt: skip
-DASHES = {"reference": "-", "md": "--", "timewarp": "-", "explore": ":", "mts": "-", "sts": "--"}
-MARKERS = {"reference": "s", "md": "o", "timewarp": "D", "explore": "v", "mts": "^", "sts": "P"}
-OTHER = "#56B4E9"
+DASHES = {"reference": "-", "md": "--", "tuned-md": "-.", "timewarp": "-", "explore": ":", "mts": "-", "sts": "--"}
+MARKERS = {"reference": "s", "md": "o", "tuned-md": "X", "timewarp": "D", "explore": "v", "mts": "^", "sts": "P"}
+OTHER = "#777777"
 MISSING = "#e6e6e6"
 STYLE: dict[str, Any] = {
     "svg.hashsalt": "longstride",

@@ -172,10 +172,22 @@ def preparation_seconds(run: Path, system: str, method: str) -> float | None:
 
 
 def _plain_rate(content: dict[str, Any], entry: dict[str, Any]) -> float | None:
+    """Return the ESS per second of plain dynamics: the one that the ratio of `break_even` is to."""
+    if entry["measured"]["value"] is None:
+        return entry["dynamics_ess_per_s_from_msm"]["value"]
     for one in content["pooled"]:
-        if one["target"] == entry["target"] and one["method"] == entry["versus"] and one["ess_per_s"]["value"]:
+        if one["target"] == entry["target"] and one["method"] == entry["versus"]:
             return one["ess_per_s"]["value"]
-    return entry["dynamics_ess_per_s_from_msm"]["value"]
+    return None
+
+
+def _speed_line(run: Path, system: str, content: dict[str, Any], entry: dict[str, Any]) -> str:
+    sentence = verdict.speedup_sentence(entry)
+    if entry["is_baseline"]:
+        return sentence  # nothing is trained for it
+    cost = preparation_seconds(run, system, entry["method"])
+    full = {**entry, "plain_ess_per_s": _plain_rate(content, entry)}
+    return f"{sentence} {verdict.break_even(full, preparation_s=cost)}"
 
 
 def system_section(run: Path, system: str, *, first_figure: int) -> dict[str, Any]:
@@ -189,11 +201,7 @@ def system_section(run: Path, system: str, *, first_figure: int) -> dict[str, An
         if made is not None:
             curves.append((made[1], made[0]))
     numbered = [_figure_html(text, figure, first_figure + k) for k, (figure, text) in enumerate([*drawn, *curves])]
-    speeds = []
-    for entry in content["speedups"]:
-        cost = preparation_seconds(run, system, entry["method"])
-        full = {**entry, "plain_ess_per_s": _plain_rate(content, entry)}
-        speeds.append(f"{verdict.speedup_sentence(entry)} {verdict.break_even(full, preparation_s=cost)}")
+    speeds = [_speed_line(run, system, content, entry) for entry in content["speedups"]]
     return {
         "name": system,
         "anchor": f"system-{system}",

@@ -10,9 +10,10 @@ EXPLANATIONS = {
     "biased": "does not sample the target distribution: use it to find states, not to weigh them",
 }
 METHOD_NOTES = {
-    "reference": "OpenMM Langevin dynamics started in several basins; an MSM removes the choice of starts from populations.",
+    "reference": "Langevin dynamics started in several basins; an MSM removes the choice of starts from populations.",
     "umbrella": "Umbrella sampling of phi and psi with replica exchange, then WHAM: a second, independent reference for ΔF.",
     "md": "Plain OpenMM Langevin dynamics: the baseline on the AMBER-type target.",
+    "tuned-md": "Langevin dynamics of many replicas at once on the batched force field: the tuned baseline on that target.",
     "timewarp": "A conditional normalising flow proposes the molecule a long time ahead; Metropolis-Hastings makes it exact.",
     "explore": "The same flow proposals without the correction, with an energy filter against broken structures.",
     "mts": "RESPA dynamics: the distilled student every inner step, the teacher every outer step.",
@@ -83,18 +84,35 @@ def umbrella_sentences(content: dict[str, Any]) -> list[str]:
     return found
 
 
+BASELINE_NAMES = {
+    "md": "md (plain OpenMM dynamics)",
+    "tuned-md": "tuned-md (batched dynamics, the tuned baseline)",
+    "sts": "sts (the teacher alone)",
+    "reference": "the dynamics of the reference",
+}
+
+
 def speedup_sentence(entry: dict[str, Any]) -> str:
-    """Return one line on the speed of a method against plain dynamics on the same target and machine."""
-    name = f"{entry['method']} ({entry['invariance']}) on {entry['target']}"
+    """Return one line on the speed of a method against one plain dynamics on the same target and machine."""
+    versus = entry["versus"]
+    name = f"{entry['method']} ({entry['invariance']}) on {entry['target']}, against {BASELINE_NAMES.get(versus, versus)}"
     parts = []
     if entry["measured"]["value"] is not None:
-        parts.append(f"{with_interval(entry['measured'])} × the ESS per second of {entry['versus']}")
+        parts.append(f"{with_interval(entry['measured'])} × its ESS per second")
     else:
-        parts.append(f"no measured ratio to {entry['versus']} ({entry['measured']['note'] or 'undefined'})")
+        parts.append(f"no measured ratio to {versus} ({entry['measured']['note'] or 'undefined'})")
     if entry["against_msm"]["value"] is not None:
-        parts.append(f"{with_interval(entry['against_msm'])} × what the MSM's slowest timescale allows plain dynamics")
+        speed = number(entry["versus_throughput_ps_per_s"])
+        parts.append(
+            f"{with_interval(entry['against_msm'])} × what the MSM's slowest timescale allows {versus} at its {speed} ps/s"
+        )
+    else:
+        parts.append(f"no ratio to what the slowest timescale allows it ({entry['against_msm']['note'] or 'undefined'})")
     if entry["throughput_ratio"]:
-        parts.append(f"{number(entry['throughput_ratio'])} × the simulated time per second")
+        parts.append(f"{number(entry['throughput_ratio'])} × its simulated time per second")
+    cores, theirs = entry["cores"], entry["versus_cores"]
+    if cores and theirs and cores != theirs:
+        parts.append(f"{cores} core{'s' if cores > 1 else ''} against its {theirs}")
     return f"{name}: {'; '.join(parts)}."
 
 
@@ -107,20 +125,21 @@ def break_even(entry: dict[str, Any], *, preparation_s: float | None) -> str:
         entry: one element of `speedups`.
         preparation_s: wall seconds of reference data and training, or None where unknown.
     """
+    versus = entry["versus"]
     if entry["against_msm"]["value"] is None and entry["measured"]["value"] is None:
-        return "Break-even is undefined, because the rate of plain dynamics is."
+        return f"Break-even with {versus} is undefined, because the rate of {versus} is."
     if preparation_s is None:
         return "Break-even is undefined: the cost of training and data was not recorded."
     ratio = entry["measured"]["value"] or entry["against_msm"]["value"]
     if ratio <= 1:
-        return "It never pays back its training and data: plain dynamics is faster."
+        return f"It never pays back its training and data: {versus} is faster."
     plain = entry.get("plain_ess_per_s")
     if not plain:
-        return "Break-even is undefined: no rate of plain dynamics."
+        return f"Break-even is undefined: no rate of {versus}."
     samples = preparation_s / (1 / plain - 1 / (plain * ratio))
     return (
         f"Training and reference data cost {number(preparation_s)} s; they are paid back after about {number(samples)}"
-        f" effective samples, or {number(samples / plain)} s of plain dynamics."
+        f" effective samples, or {number(samples / plain)} s of {versus}."
     )
 
 

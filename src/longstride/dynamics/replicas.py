@@ -6,27 +6,25 @@ busy all the time. Groups have a fixed size and noise of their own: the number o
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-from longstride.compute import pinned_workers
 from longstride.data.checkpoint import open_state
+from longstride.dynamics.groups import run_groups, side_by_side
 from longstride.dynamics.integrators import MDState, baoab, respa_baoab, start, thermal_velocities
 from longstride.dynamics.runner import Monitor, RunPlan, run_trajectory
 from longstride.potentials.student import load_student
 from longstride.potentials.xtb import XTBPotential
-from longstride.progress import Progress
 from longstride.seeds import job_seed
 from longstride.units import thermal_energy
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from concurrent.futures import Future
+    from pathlib import Path
 
     from longstride.potentials.base import Potential
     from longstride.state import System
@@ -97,27 +95,18 @@ def run_replicas(job: ReplicaJob, starts: np.ndarray, *, state: Path, key: str, 
     Raises:
         NumericsError: the monitor stopped a group; the last good state of every group is kept.
     """
-    groups = [(first, starts[first : first + GROUP]) for first in range(0, len(starts), GROUP)]
-    total = job.plan.total * len(groups)
-    with open_state(state, key) as store:
-        parts = [store.path / f"group_{index:03d}" for index in range(len(groups))]
-        progress = Progress(label, total, "steps", start=_steps_done(parts))
-        if threads == 1 or len(groups) == 1:
-            results = []
-            for index, ((first, group), part) in enumerate(zip(groups, parts, strict=True)):
-                show = _shifted(progress, index * job.plan.total)
-                results.append(run_group(job, first, group, folder=part, key=key, progress=show))
-        else:
-            with pinned_workers(min(threads, len(groups))) as pool:
-                futures = [
-                    pool.submit(run_group, job, first, group, folder=part, key=key)
-                    for (first, group), part in zip(groups, parts, strict=True)
-                ]
-                _watch(futures, parts, progress, total)
-                results = [future.result() for future in futures]
-    names = results[0].frames
+    results = run_groups(
+        partial(run_group, job),
+        starts,
+        size=GROUP,
+        steps=job.plan.total,
+        state=state,
+        key=key,
+        threads=threads,
+        label=label,
+    )
     return ReplicaResult(
-        frames={name: np.concatenate([result.frames[name] for result in results], axis=1) for name in names},
+        frames=side_by_side([result.frames for result in results]),
         production_s=sum(result.production_s for result in results),
         discarded_s=sum(result.discarded_s for result in results),
     )
@@ -167,26 +156,3 @@ def _step(
     return lambda md, generator: respa_baoab(
         md, fast=student, slow=teacher, n_inner=n_inner, dt=dt, kT=kT, friction=friction, generator=generator
     )
-
-
-def _shifted(progress: Progress, before: int) -> Callable[[float], None]:
-    """Report one group among groups that run one after the other."""
-    return lambda done: progress.update(before + done)
-
-
-def _steps_done(parts: list[Path]) -> int:
-    """Steps that the newest checkpoints of all groups count."""
-    newest = [
-        max((int(file.stem.split("_")[1]) for file in part.glob("checkpoint_*.safetensors")), default=0) for part in parts
-    ]
-    return sum(newest)
-
-
-def _watch(futures: list[Future[ReplicaResult]], parts: list[Path], progress: Progress, total: int) -> None:
-    while not all(future.done() for future in futures):
-        for future in futures:
-            if future.done():
-                future.result()  # a stopped group ends the job at once
-        time.sleep(0.2)
-        progress.update(_steps_done(parts))
-    progress.update(total)

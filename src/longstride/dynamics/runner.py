@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from longstride.dynamics.integrators import MDState, half_step_velocities
+from longstride.dynamics.integrators import MDState, half_step_velocities, whole_steps
 from longstride.errors import NumericsError
 
 if TYPE_CHECKING:
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from torch import Generator
 
+    from longstride.config import MTSSampling, ReferenceConfig, STSSampling, TunedMDSampling
     from longstride.data.checkpoint import StateFolder
     from longstride.state import System
 
@@ -53,11 +54,14 @@ class Monitor:
 
     def _healthy(self, md: MDState) -> bool:
         """Few operations, since this runs every step; comparisons with NaN are false."""
-        difference = md.forces if md.fast_forces is None else md.forces - md.fast_forces
-        limit = self.max_slow_force if md.fast_forces is not None else math.inf
-        largest, energy = float(difference.square().sum(dim=2).max()), float(md.potential_energy.sum())
-        small = largest <= limit * limit and float(md.temperature_K.max()) <= self.max_temperature_K(len(md.masses))
-        return small and math.isfinite(largest) and math.isfinite(energy)
+        cold = float(md.temperature_K.max()) <= self.max_temperature_K(len(md.masses))
+        # a sum over all replicas is finite only where every summand is
+        if not (cold and math.isfinite(float(md.potential_energy.sum())) and math.isfinite(float(md.forces.sum()))):
+            return False
+        if md.fast_forces is None:
+            return True
+        largest = float((md.forces - md.fast_forces).square().sum(dim=2).max())
+        return largest <= self.max_slow_force**2 and math.isfinite(largest)
 
     def _diagnose(self, md: MDState, time_ps: float) -> None:
         finite = torch.isfinite(md.potential_energy)
@@ -99,7 +103,7 @@ class Monitor:
 class RunPlan:
     """How long a trajectory is and what is kept. All counts are (outer) steps; the first `n_discard` are equilibration.
 
-    `n_inner` is the number of fast steps in an outer one.
+    `n_inner` is the number of fast steps in an outer one; `save_forces` adds the forces to the frames.
     """
 
     dt: float
@@ -108,6 +112,32 @@ class RunPlan:
     save_every: int
     checkpoint_every: int
     n_inner: int = 1
+    save_forces: bool = False
+
+    @classmethod
+    def of(
+        cls,
+        section: ReferenceConfig | TunedMDSampling | MTSSampling | STSSampling,
+        *,
+        dt: float,
+        n_inner: int = 1,
+        save_forces: bool = False,
+    ) -> RunPlan:
+        """Return the plan of a configuration section whose (outer) timestep is `dt` ps.
+
+        Raises:
+            LongstrideError: the time between frames is not a whole number of steps.
+        """
+        save_every = whole_steps(section.save_every_ps, dt)
+        return cls(
+            dt=dt,
+            n_discard=round(section.equilibration_ps / dt),
+            n_steps=round(section.length_ps / section.save_every_ps) * save_every,
+            save_every=save_every,
+            checkpoint_every=max(1, round(section.checkpoint_every_ps / dt)),
+            n_inner=n_inner,
+            save_forces=save_forces,
+        )
 
     @property
     def total(self) -> int:
@@ -138,8 +168,8 @@ class RunResult:
 
     Attributes:
         frames: positions (centre of mass at the origin), velocities [frame, replica, atom, 3] float32;
-            potential_energy, kinetic_energy [frame, replica] float64. Velocities and kinetic energies are those of the
-            half step (see `half_step_velocities`).
+            potential_energy, kinetic_energy [frame, replica] float64; with `save_forces`, forces [frame, replica, atom, 3]
+            float32. Velocities and kinetic energies are those of the half step (see `half_step_velocities`).
         final: state after the last step.
         production_s: wall seconds of the saved part, summed over attempts.
         discarded_s: wall seconds of equilibration, summed over attempts.
@@ -166,7 +196,7 @@ class _Clock:
             self.production_s += now - self._last
         self._last = now
 
-    def meta(self) -> dict[str, float]:
+    def seconds(self) -> dict[str, float]:
         return {"production_s": self.production_s, "discarded_s": self.discarded_s}
 
 
@@ -200,6 +230,35 @@ def run_trajectory(
     Raises:
         NumericsError: from the monitor, with the time of the last good state.
     """
+    final, seconds = advance_trajectory(
+        begin,
+        step,
+        plan=plan,
+        generator=generator,
+        monitor=monitor,
+        store=store,
+        equilibrate=equilibrate,
+        progress=progress,
+    )
+    return RunResult(frames=collect_frames(store, plan), final=final, **seconds)
+
+
+def advance_trajectory(
+    begin: Callable[[], MDState],
+    step: Callable[[MDState, Generator], MDState],
+    *,
+    plan: RunPlan,
+    generator: Generator,
+    monitor: Monitor,
+    store: StateFolder,
+    equilibrate: Callable[[MDState, Generator], MDState] | None = None,
+    progress: Callable[[float], None] | None = None,
+) -> tuple[MDState, dict[str, float]]:
+    """Do the work of `run_trajectory` and leave the frames in `store`, for `collect_frames`.
+
+    Returns:
+        the last state; production_s and discarded_s as in `RunResult`.
+    """
     saved = store.latest()
     clock = _Clock(**(saved.meta if saved else {}))
     if saved is None:
@@ -229,7 +288,7 @@ def run_trajectory(
             frames = []
         if progress is not None:
             progress(done)
-    return RunResult(frames=_collect(store, plan), final=md, **clock.meta())
+    return md, clock.seconds()
 
 
 def _last_good(plan: RunPlan, done: int, store: StateFolder) -> str:
@@ -240,12 +299,13 @@ def _frame(md: MDState, plan: RunPlan) -> dict[str, np.ndarray]:
     velocities = half_step_velocities(md, dt=plan.dt, n_inner=plan.n_inner)
     # the centre of mass diffuses; single precision is spent on the shape instead
     centre = (md.masses[:, None] * md.positions).sum(dim=1, keepdim=True) / md.masses.sum()
-    return {
+    frame = {
         "positions": (md.positions - centre).to(torch.float32).numpy(),
         "velocities": velocities.to(torch.float32).numpy(),
         "potential_energy": md.potential_energy.numpy(),
         "kinetic_energy": replace(md, velocities=velocities).kinetic_energy.numpy(),
     }
+    return {**frame, "forces": md.forces.to(torch.float32).numpy()} if plan.save_forces else frame
 
 
 def _save(
@@ -263,7 +323,7 @@ def _save(
         block = {key: np.stack([frame[key] for frame in frames]) for key in frames[0]}
         store.save_block(plan.frames_until(done) - len(frames), block)
     arrays = {key: getattr(md, key).numpy() for key in FIELDS if getattr(md, key) is not None}
-    store.save(done, {**arrays, "generator": generator.get_state().numpy()}, clock.meta())
+    store.save(done, {**arrays, "generator": generator.get_state().numpy()}, clock.seconds())
 
 
 def _restore(arrays: dict[str, np.ndarray], generator: Generator) -> MDState:
@@ -271,11 +331,19 @@ def _restore(arrays: dict[str, np.ndarray], generator: Generator) -> MDState:
     return MDState(**{key: torch.from_numpy(arrays[key].copy()) for key in FIELDS if key in arrays})
 
 
-def _collect(store: StateFolder, plan: RunPlan) -> dict[str, np.ndarray]:
-    """Read the blocks back in order. A block left by an attempt that died before its checkpoint was rewritten since."""
-    blocks, first = [], 0
+def collect_frames(store: StateFolder, plan: RunPlan) -> dict[str, np.ndarray]:
+    """Read the frames of a finished run back in order, as in `RunResult`; memory is that of the frames and one block.
+
+    A block left by an attempt that died before its checkpoint was rewritten since.
+    """
+    frames: dict[str, np.ndarray] = {}
+    first = 0
     while first < plan.n_frames:
         block = store.read_block(first)
-        blocks.append(block)
-        first += len(block["positions"])
-    return {key: np.concatenate([block[key] for block in blocks]) for key in blocks[0]}
+        if not frames:
+            frames = {key: np.empty((plan.n_frames, *value.shape[1:]), value.dtype) for key, value in block.items()}
+        stop = first + len(block["positions"])
+        for key, value in block.items():
+            frames[key][first:stop] = value
+        first = stop
+    return frames

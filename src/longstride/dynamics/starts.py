@@ -6,6 +6,8 @@ import numpy as np
 
 from longstride.systems import Prepared, backbone_torsions, minimise, set_torsion
 
+Torsion = tuple[str, tuple[int, int, int, int]]
+
 # (phi, psi) in degrees: polyproline II, left-handed helix, right-handed helix, C7ax, extended C5, C7eq
 BASINS = ((-75.0, 145.0), (55.0, 45.0), (-75.0, -20.0), (65.0, -60.0), (-150.0, 155.0), (-80.0, 75.0))
 
@@ -17,12 +19,23 @@ def basin_starts(prepared: Prepared, count: int) -> np.ndarray:
     and later ones mix basins along the chain. Torsions inside rings stay as they are.
     """
     torsions = backbone_torsions(prepared.system)
+    residues = 1 + sum(kind == "psi" for kind, _ in torsions[:-1])
+    made: dict[tuple[int, ...], np.ndarray] = {}  # combinations of basins repeat, at the latest after 36
     starts = []
     for index in range(count):
-        positions, residue = prepared.positions, 0
-        for kind, atoms in torsions:
-            basin = BASINS[(index + residue * (1 + index // len(BASINS))) % len(BASINS)]
-            positions = set_torsion(prepared.system, positions, atoms, np.radians(basin[kind == "psi"]))
-            residue += kind == "psi"
-        starts.append(minimise(prepared.openmm_system, positions, tolerance=10.0))
+        turns = 1 + index // len(BASINS)
+        basins = tuple((index + residue * turns) % len(BASINS) for residue in range(residues))
+        if basins not in made:
+            made[basins] = _structure(prepared, torsions, basins)
+        starts.append(made[basins])
     return np.stack(starts)
+
+
+def _structure(prepared: Prepared, torsions: list[Torsion], basins: tuple[int, ...]) -> np.ndarray:
+    """Return a minimised structure, [atom, 3] nm, with residue r in basin `basins[r]`."""
+    positions, residue = prepared.positions, 0
+    for kind, atoms in torsions:
+        angle = BASINS[basins[residue]][kind == "psi"]
+        positions = set_torsion(prepared.system, positions, atoms, np.radians(angle))
+        residue += kind == "psi"
+    return minimise(prepared.openmm_system, positions, tolerance=10.0)

@@ -5,7 +5,7 @@ free. Within a point these are timed in turn, round after round after a warm-up,
 
     proposal       draws y and scores both directions, log q(y | x) and log q(x | y)
     step           the proposal, the target energy of y, and the decision: exact Metropolis-Hastings
-    its parts      sampling and scoring by the torsion network, the means of the stiff coordinates (a gradient of the force
+    its parts      sampling and scoring by the torsion network, the density of the stiff coordinates (gradients of the force
                    field for x and one for y), coordinates (conversions and their volumes), target energy
     OpenMM         energies one by one, and steps of Langevin dynamics as method `md` makes them, on the CPU platform
 
@@ -33,7 +33,7 @@ from longstride.data.manifest import read_manifest
 from longstride.dynamics.masses import repartitioned_masses
 from longstride.dynamics.openmm_md import with_masses
 from longstride.errors import DataError
-from longstride.flows.stiff import ForceFieldGaussian
+from longstride.flows.stiff import Conditional, ForceFieldGaussian
 from longstride.flows.torsion_network import TorsionArchitecture, TorsionNetwork
 from longstride.flows.transferable import BoundMolecule, TransferableProposal, bind_all
 from longstride.mcmc.metropolis import boltzmann, start_chains
@@ -62,7 +62,7 @@ if TYPE_CHECKING:
 BATCHES, CHAINS = (1, 16, 64, 256, 1024), 256
 ROUNDS, WINDOW_SECONDS = 7, 0.3
 WHOLE = ("proposal", "step")
-PARTS = ("network_sampling", "network_scoring", "stiff_mean", "coordinates", "target_energy")
+PARTS = ("network_sampling", "network_scoring", "stiff_density", "coordinates", "target_energy")
 ENERGIES, MD_STEPS = "openmm_energies", "openmm_md_steps"
 OPENMM_CONFIGURATIONS, STEPS_PER_CALL, MD_WARM_UP_STEPS = 16, 20, 200
 MEMORY = (
@@ -122,17 +122,17 @@ class Sampler:
 
 
 @dataclass(frozen=True, kw_only=True)
-class KnownMean(ForceFieldGaussian):
-    """A stiff density whose mean was found before, to time what surrounds it.
+class KnownConditional(ForceFieldGaussian):
+    """A stiff density whose mean and covariance were found before, to time what surrounds it.
 
     Attributes:
-        known: m(t), [batch, stiff].
+        known: q(s | t) at the torsions that will be asked for.
     """
 
-    known: Tensor
+    known: Conditional
 
-    def mean(self, t: Tensor) -> Tensor:
-        """Return the known mean, whatever the torsions."""
+    def at(self, t: Tensor) -> Conditional:
+        """Return what is known, whatever the torsions."""
         return self.known
 
 
@@ -287,7 +287,7 @@ def _parts(sampler: Sampler) -> Calls:
     label = torch.full((chains,), proposal.label)
     t_x = here.torsions.to(tokens.tokens.dtype)
     t_y = network.sample(tokens, network.context(tokens, t_x, label), generator)[0]
-    at_x, at_y = (_with_mean(molecule, gaussian.mean(t)) for t in (here.torsions, t_y.double()))
+    at_x, at_y = (_with_known(molecule, gaussian.at(t)) for t in (here.torsions, t_y.double()))
 
     def sampling() -> object:
         copies = proposal.tokens.repeat(chains)
@@ -296,16 +296,15 @@ def _parts(sampler: Sampler) -> Calls:
     calls: dict[str, Callable[[], object]] = {
         "network_sampling": sampling,
         "network_scoring": lambda: network.log_prob(tokens, t_x, network.context(tokens, t_y, label)),
-        "stiff_mean": lambda: (gaussian.mean(here.torsions), gaussian.mean(t_y.double())),
+        "stiff_density": lambda: (gaussian.at(here.torsions), gaussian.at(t_y.double())),
         "coordinates": lambda: (at_x.encode(x.positions), at_y.decode(t_y.double(), here.latent, x.positions)),
         "target_energy": lambda: sampler.potential.energy(y),
     }
     return {name: (torch.no_grad()(calls[name]), chains) for name in PARTS}
 
 
-def _with_mean(molecule: BoundMolecule, mean: Tensor) -> BoundMolecule:
-    found = molecule.gaussian
-    return replace(molecule, gaussian=KnownMean(target=found.target, centre=found.centre, lower=found.lower, known=mean))
+def _with_known(molecule: BoundMolecule, known: Conditional) -> BoundMolecule:
+    return replace(molecule, gaussian=KnownConditional(**{**vars(molecule.gaussian), "known": known}))
 
 
 def _openmm(sampler: Sampler) -> Calls:

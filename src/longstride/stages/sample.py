@@ -44,6 +44,10 @@ def run(method: Method, config: Config, *, inputs: SampleInputs, out: Path, stat
         from longstride.stages.sample_md import run_md
 
         run_md(sections.md, physics=physics, **job)
+    elif method == "tuned-md":
+        from longstride.stages.sample_tuned_md import run_tuned_md
+
+        run_tuned_md(sections.tuned_md, physics=physics, **job)
     elif method in ("timewarp", "explore"):
         from longstride.stages.sample_flow import run_explore, run_timewarp
 

@@ -17,7 +17,6 @@ from longstride.data.atomic import write_arrays
 from longstride.data.checkpoint import fingerprint, open_state
 from longstride.data.frames import start_positions
 from longstride.data.manifest import read_manifest, write_manifest
-from longstride.dynamics.integrators import whole_steps
 from longstride.dynamics.masses import repartitioned_masses
 from longstride.dynamics.replicas import GROUP, ReplicaJob, ReplicaResult, run_replicas
 from longstride.dynamics.runner import RunPlan
@@ -107,15 +106,7 @@ class _Job:
     def run(self, out: Path, state: Path, *, dt: float, n_inner: int, threads: int) -> None:
         """Run or continue the dynamics and write samples and manifest; `n_inner` 0 means no student."""
         section = self.section
-        save_every = whole_steps(section.save_every_ps, dt)
-        plan = RunPlan(
-            dt=dt,
-            n_discard=round(section.equilibration_ps / dt),
-            n_steps=round(section.length_ps / section.save_every_ps) * save_every,
-            save_every=save_every,
-            checkpoint_every=max(1, round(section.checkpoint_every_ps / dt)),
-            n_inner=max(1, n_inner),
-        )
+        plan = RunPlan.of(section, dt=dt, n_inner=max(1, n_inner))
         job = ReplicaJob(
             system=self.molecule.system,
             teacher=self.teacher,

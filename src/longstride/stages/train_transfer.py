@@ -96,7 +96,7 @@ def run(
             "physics": vars(physics),
             "training": [m.name for m in kept],
             "validation_nll_per_torsion": losses,
-            "validation_acceptance": {p.name: p.measure(module, seed=draws)[0] for p in probes},
+            "validation_acceptance": {p.name: p.measure(trainer.module, seed=draws)[0] for p in probes},
             "samples": sum(len(m.torsions) for m in kept),
             "steps": trainer.step,
             "train_wall_s": trainer.wall_s,
