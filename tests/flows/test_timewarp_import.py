@@ -19,6 +19,7 @@ from longstride.data.torch_archive import Made, Name, attribute, read_archive, r
 from longstride.errors import DataError
 from longstride.flows.cartesian import PRESETS, CartesianArchitecture, CartesianFlow
 from longstride.flows.cartesian_checkpoint import is_cartesian, load_cartesian, our_name, read_published
+from longstride.stages import import_timewarp
 
 SMALL, GOLDEN = "published_format_small.pt", "published_format_small_golden.npz"
 TRAJECTORY, STRUCTURE = "implicit-2olx-traj-arrays.npz", "implicit-2olx-traj-state0.pdb"
@@ -463,6 +464,17 @@ def test_another_force_field_is_refused_and_the_right_one_named(published, older
     assert manifest["target"] == "amber14-all-obc1"
 
 
+def test_forces_that_are_not_finite_are_refused(published, older, tmp_path, capsys, monkeypatch):
+    def overlapping(_, positions):
+        return np.full(len(positions), np.nan), np.full(positions.shape, np.nan)
+
+    monkeypatch.setattr(import_timewarp, "_evaluate", overlapping)
+    command = ["import-timewarp", "trajectory", published / TRAJECTORY, "--prepared", older, "--out", tmp_path / "out"]
+    assert "differ from amber99sbildn-amber99_obc by nan" in one_error(capsys, *command)
+    assert "50 frames have no finite energy or forces" in one_error(capsys, *command, "--recompute")
+    assert not (tmp_path / "out").exists()
+
+
 BAD = {
     "object": "as plain arrays",
     "missing": "holds no array forces",
@@ -470,6 +482,8 @@ BAD = {
     "nan": "not finite",
     "steps": "do not increase",
     "times": "do not follow its steps",
+    "grid": "no uniform grid",
+    "overlap": "lie on each other",
     "order": "nm long",
 }
 
@@ -480,6 +494,9 @@ def test_bad_trajectories_are_one_clear_line(change, published, older, tmp_path,
         step, time, positions, forces = (arrays[name] for name in ("step", "time", "positions", "forces"))
     broken = positions.copy()
     broken[3, 0, 0] = np.nan
+    uneven = np.cumsum(np.arange(len(step)))
+    merged = positions.copy()
+    merged[:, :2] = merged[:, 1:2]
     changes = {
         "object": {"step": np.array([{}] * len(step), dtype=object)},
         "missing": {"forces": None},
@@ -487,11 +504,15 @@ def test_bad_trajectories_are_one_clear_line(change, published, older, tmp_path,
         "nan": {"positions": broken},
         "steps": {"step": step[::-1].copy()},
         "times": {"time": time + 0.01 * np.arange(len(time))},
+        "grid": {"step": uneven, "time": 5e-4 * uneven},
+        "overlap": {"positions": merged},
         "order": {"positions": positions[:, ::-1].copy()},
     }
     path = example(published, tmp_path, **changes[change])
     out = tmp_path / "reference"
-    assert BAD[change] in one_error(capsys, "import-timewarp", "trajectory", path, "--prepared", older, "--out", out)
+    line = one_error(capsys, "import-timewarp", "trajectory", path, "--prepared", older, "--out", out, "--recompute")
+    assert BAD[change] in line
+    assert str(path) in line
     assert not out.exists()
 
 

@@ -132,9 +132,13 @@ def _import_one(
     _check_geometry(molecule, found, path)
     agreement = compare_with_force_field(molecule, found)
     print(f"import-timewarp: {path.name}: {_sentence(molecule, agreement)}")
-    if agreement["relative_force_error"] > MOST_FORCE_ERROR and not recompute:
+    fits = agreement["relative_force_error"] <= MOST_FORCE_ERROR  # false for forces that are not finite
+    if not fits and not recompute:
         raise DataError(_mismatch(path, structure, molecule, found=found, agreement=agreement))
-    frames, spacing = _on_grid(found, molecule, recompute=recompute)
+    try:
+        frames, spacing = _on_grid(found, molecule, recompute=recompute)
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from error
     times = {"frame_spacing_ps": round(spacing, 9), "timestep_fs": round(1e3 * found.timestep_ps, 9)}
     return frames, {"file": path.name, "sha256": sha256_of(path), **times, **agreement}
 
@@ -220,7 +224,9 @@ def _sentence(molecule: Prepared, agreement: dict[str, float]) -> str:
     )
 
 
-def _mismatch(path: Path, structure: Path, molecule: Prepared, found: PublishedTrajectory, agreement: dict[str, float]) -> str:
+def _mismatch(
+    path: Path, structure: Path, molecule: Prepared, *, found: PublishedTrajectory, agreement: dict[str, float]
+) -> str:
     """Return the error message, with the published force field that does fit, if one does."""
     for files in PUBLISHED_FORCE_FIELDS:
         if "-".join(Path(name).stem for name in files) == molecule.target:
@@ -243,21 +249,23 @@ def _on_grid(found: PublishedTrajectory, molecule: Prepared, *, recompute: bool)
     chosen, spacing = uniform_grid(found.step)
     frames = {name: value[chosen] for name, value in found.frames.items()}
     # one relabelling for the whole trajectory, as labels do not change in the course of dynamics
-    numbered = np.arange(molecule.system.n_atoms)
-    order = _order(molecule, frames["positions"][0].astype(np.float64), numbered)
+    order = _order(molecule, frames["positions"][0].astype(np.float64))
     frames |= {name: np.ascontiguousarray(frames[name][:, order]) for name in ("positions", "velocities", "forces")}
     if recompute:
         energy, forces = _evaluate(molecule, frames["positions"])
+        wrong = int((~np.isfinite(energy) | ~np.isfinite(forces).all((1, 2))).sum())
+        if wrong:
+            raise DataError(f"{wrong} frames have no finite energy or forces of {molecule.target}; the trajectory is damaged")
         frames |= {"potential_energy": energy, "forces": forces.astype(np.float32)}
     return frames, spacing * found.timestep_ps
 
 
-def _order(molecule: Prepared, positions: np.ndarray, numbered: np.ndarray) -> np.ndarray:
+def _order(molecule: Prepared, positions: np.ndarray) -> np.ndarray:
     """Return the atoms of `positions` in canonical order; only equivalent hydrogens change places."""
     relabelled = canonical_labels(molecule.system, positions)
     distance = np.abs(relabelled[:, None] - positions[None]).max(-1)
     order = distance.argmin(1)
-    if not np.array_equal(np.sort(order), numbered):
+    if not np.array_equal(np.sort(order), np.arange(len(order))):
         raise DataError("two atoms of the first frame lie on each other; the trajectory is damaged")
     return order
 
