@@ -89,7 +89,7 @@ class Dynamics:
         return x - (weights * (x - before)).sum(dim=1, keepdim=True)
 
 
-def _flags(mask: Tensor) -> Tensor:
+def _per_atom(mask: Tensor) -> Tensor:
     return mask[:, None, None]
 
 
@@ -122,13 +122,13 @@ def ghmc(dynamics: Dynamics, *, friction: float, label: str = "ghmc") -> Kernel:
             y, w, at_y, forces_y = dynamics.verlet(x, v, forces)
             log_alpha = log_ratio(value, at_y, dynamics.log_kinetic(w), dynamics.log_kinetic(v))
             taken = accept(log_alpha, generator)
-            x, v = torch.where(_flags(taken), y, x), torch.where(_flags(taken), w, -v)
-            value, forces = torch.where(taken, at_y, value), torch.where(_flags(taken), forces_y, forces)
+            x, v = torch.where(_per_atom(taken), y, x), torch.where(_per_atom(taken), w, -v)
+            value, forces = torch.where(taken, at_y, value), torch.where(_per_atom(taken), forces_y, forces)
             count += taken
             v = refresh(v, generator)
         # a chain that never moved keeps its cached density to the last bit
         value = torch.where(count > 0, value, chains.log_density)
-        x = torch.where(_flags(count > 0), dynamics.anchor(x, chains.state.positions), chains.state.positions)
+        x = torch.where(_per_atom(count > 0), dynamics.anchor(x, chains.state.positions), chains.state.positions)
         calls = len(value) * (dynamics.steps + 1)
         info = Info(
             accepted=count,
@@ -163,7 +163,7 @@ def hmc(dynamics: Dynamics, *, label: str = "hmc") -> Kernel:
         log_alpha = log_ratio(value, at_y, dynamics.log_kinetic(w), dynamics.log_kinetic(v))
         taken = accept(log_alpha, generator)
         moved = ChainState(
-            state=State(positions=torch.where(_flags(taken), dynamics.anchor(y, x), x)),
+            state=State(positions=torch.where(_per_atom(taken), dynamics.anchor(y, x), x)),
             log_density=torch.where(taken, at_y, chains.log_density),
             velocities=chains.velocities,
         )
@@ -198,9 +198,9 @@ def langevin(dynamics: Dynamics, *, friction: float, label: str = "langevin") ->
             valid &= dynamics.contains(State(positions=md.positions))
         moved = replace(
             chains,
-            state=State(positions=torch.where(_flags(valid), dynamics.anchor(md.positions, x), x)),
+            state=State(positions=torch.where(_per_atom(valid), dynamics.anchor(md.positions, x), x)),
             log_density=torch.where(valid, at_y, chains.log_density),
-            velocities=torch.where(_flags(valid), md.velocities, -v),
+            velocities=torch.where(_per_atom(valid), md.velocities, -v),
         )
         change = torch.where(valid, at_y - chains.log_density, -torch.inf)
         calls = len(at_y) * (dynamics.steps + 1)
