@@ -7,6 +7,7 @@ import torch
 
 from longstride.cli import main
 from longstride.flows.cartesian import PRESETS, CartesianFlow
+from longstride.stages import bench_mcmc
 from longstride.stages.bench_mcmc import operations, plain_log_prob, plain_sample, random_flow
 
 
@@ -22,6 +23,26 @@ def test_the_serial_sampler_is_the_same_flow():
     torch.testing.assert_close(log_q, plain_log_prob(flow, y, v_y, x, elements))
     # the control: attention at other positions
     assert (plain_log_prob(flow, x + d, v, 2 * x, elements) - truth).abs() > 1e-3
+
+
+def test_the_serial_step_evaluates_the_energy_of_the_proposal_alone(alanine, monkeypatch):
+    evaluated = []
+
+    class Counted(bench_mcmc.OpenMMPotential):
+        def energy(self, x):
+            evaluated.append(x.positions)
+            return super().energy(x)
+
+    monkeypatch.setattr(bench_mcmc, "OpenMMPotential", Counted)
+    part = bench_mcmc._serial(random_flow(PRESETS["small"]), alanine)
+    assert part.facts["largest_log_q_difference"] < 1e-2
+    step, count = part.calls[bench_mcmc.STEP]
+    evaluated.clear()
+    step()
+    step()
+    assert count == 1
+    assert [len(positions) for positions in evaluated] == [1, 1]
+    assert not torch.equal(*evaluated)
 
 
 def test_operations_of_the_released_model_are_those_counted_by_hand():

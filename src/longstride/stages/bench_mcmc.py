@@ -380,10 +380,11 @@ def _serial(flow: CartesianFlow, molecule: Prepared) -> Part:
         backward = plain_log_prob(flow, x, v_x, y, elements)
         return y, backward - forward + (v_x.square().sum() - v_y.square().sum()) / 2
 
+    at_x = openmm.energy(State(positions=x[None].double()))[0]  # a chain keeps the energy of where it is
+
     def step() -> bool:
         y, log_ratio = propose()
-        both = openmm.energy(State(positions=torch.stack([x, y]).double()))
-        log_r = log_ratio - (both[1] - both[0]) / _kT()
+        log_r = log_ratio - (openmm.energy(State(positions=y[None].double()))[0] - at_x) / _kT()
         return bool(torch.rand((), generator=generator).log() < log_r)
 
     facts = {
