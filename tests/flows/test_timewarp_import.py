@@ -466,7 +466,7 @@ def test_another_force_field_is_refused_and_the_right_one_named(published, older
 
 def test_forces_that_are_not_finite_are_refused(published, older, tmp_path, capsys, monkeypatch):
     def overlapping(_, positions):
-        return np.full(len(positions), np.inf), np.full(positions.shape, np.nan)
+        return np.full(len(positions), np.nan), np.full(positions.shape, np.nan)
 
     monkeypatch.setattr(import_timewarp, "_evaluate", overlapping)
     command = ["import-timewarp", "trajectory", published / TRAJECTORY, "--prepared", older, "--out", tmp_path / "out"]
