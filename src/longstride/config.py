@@ -262,7 +262,9 @@ class TunedMDSampling(Section):
 
     chains: int = Field(128, ge=2, description="independent trajectories, advanced together in groups of 128")
     length_ps: float = Field(200.0, gt=0, description="length of each trajectory; 200 ps take about a minute on one core")
-    timestep_fs: float = Field(4.0, gt=0, le=8, description="integration step")
+    timestep_fs: float = Field(
+        4.0, gt=0, le=8, description="integration step; 4 fs suits capped peptides, ammonium groups (NH3+) need 2.5"
+    )
     friction_per_ps: float = Field(0.3, gt=0, description="Langevin friction")
     hydrogen_mass_Da: float | None = Field(3.024, ge=1, le=4, description="hydrogen mass; null keeps 1.008")
     equilibration_ps: float = Field(5.0, ge=0, description="discarded start of each trajectory")
