@@ -206,6 +206,14 @@ class TransferConfig(Section):
     max_steps: int = Field(6000, ge=1, description="optimiser steps; the learning rate falls to zero at the last")
     molecules_per_step: int = Field(4, ge=1, description="peptides in a batch")
     samples_per_molecule: int = Field(64, ge=1, description="samples of each peptide in a batch")
+    accumulate: int = Field(1, ge=1, description="batches per optimiser step, gradients averaged; memory is that of one batch")
+    processes: int = Field(
+        1, ge=1, description="processes (torchrun) that train together, each on batches of its own; gradients are averaged"
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where it is trained; auto: a GPU where there is one")
+    precision: Literal["float32", "bfloat16"] = Field(
+        "float32", description="of the network's matrix products in training; weights and density are float32 in any case"
+    )
     learning_rate: float = Field(2e-3, gt=0, description="peak learning rate (AdamW, warm-up, cosine decay)")
     warm_up_steps: int = Field(100, ge=0, description="steps over which the learning rate rises to its peak")
     weight_decay: float = Field(0.01, ge=0, description="decoupled weight decay")

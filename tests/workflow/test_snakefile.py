@@ -50,6 +50,10 @@ for name, folder, arguments in json.load(sys.stdin):
 OWN_CONFIGS = {
     "md-only": "run: {name: md-only}\nsample: {methods: [md, tuned-md], seeds: 1}\n",
     "bad": "flow: {hiden: 3}\n",
+    "two-processes": (
+        "systems: [{name: AV, sequence: AV}]\nsample: {methods: [md, timewarp]}\n"
+        "transfer: {train: [GA], validation: [AG], processes: 2}\n"
+    ),
 }
 
 
@@ -61,7 +65,7 @@ def cases(tmp_path_factory) -> dict[str, tuple[Path, str]]:
     jobs.append(_case(top, "slurm", "--dry-run", "--executor", "slurm", profile="slurm"))
     for name, text in OWN_CONFIGS.items():
         (top / f"{name}.yaml").write_text(text)
-        jobs.append(_case(top, name, "--dry-run", config=top / f"{name}.yaml"))
+        jobs.append(_case(top, name, "--dry-run", "--printshellcmds", "--cores", "4", config=top / f"{name}.yaml"))
     jobs.append(_case(top, "in-use"))
     held = top / "in-use" / "results" / "smoke"
     held.mkdir(parents=True)
@@ -109,6 +113,14 @@ def test_every_command_of_the_rules_is_one_the_command_line_accepts(cases):
     for text in found:
         options = build_parser().parse_args(shlex.split(text)[1:])
         assert options.config == Path("results/smoke/config.yaml")
+
+
+def test_training_in_several_processes_is_started_by_torchrun(cases):
+    text = cases["two-processes"][1]
+    found = re.findall(r"exec torchrun --standalone --nproc-per-node 2 -m longstride.cli (train-transfer .*?) > ", text)
+    assert len(found) == 1
+    options = build_parser().parse_args(shlex.split(found[0]))
+    assert options.threads == 2
 
 
 def test_slurm_profile_plans_without_slurm(cases):
@@ -179,6 +191,6 @@ def test_rules_are_uniform():
         for part in ("output:", "log:", "benchmark:", "conda:", "threads:", "mem_mb=", "runtime=", "params:", "message:"):
             assert part in block, (block.splitlines()[0], part)
         assert "key=job_key(" in block
-        assert '"exec longstride ' in block
+        assert '"exec longstride ' in block or '"exec {params.launch} train-transfer ' in block
         assert "retries" not in block  # a rule's retries nest inside a cluster job
     assert len((ROOT / "Snakefile").read_text().splitlines()) <= 40
