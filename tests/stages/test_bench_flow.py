@@ -49,23 +49,32 @@ def trained(tmp_path_factory):
     return folder
 
 
+def check_figures(found, chains):
+    times = found["milliseconds_per_call"]
+    assert set(times) == {*WHOLE, *PARTS}
+    assert all(value > 0 for value in times.values())
+    assert set(found["spread_per_s"]) == {*WHOLE, *PARTS, ENERGIES, MD_STEPS}
+    assert set(found["proposals_per_s"]) == set(WHOLE)
+    for name, rate in found["proposals_per_s"].items():
+        assert rate == pytest.approx(1e3 * chains / times[name])
+        lowest, highest = found["spread_per_s"][name]
+        assert 0 < lowest <= rate <= highest
+    assert found["parts_over_step"] == pytest.approx(sum(times[name] for name in PARTS) / times["step"])
+    step, openmm = found["proposals_per_s"]["step"], found["openmm"]
+    assert found["ratios"] == pytest.approx(
+        {
+            "exact_proposals_per_openmm_energy": step / openmm["energies_per_s"],
+            "openmm_md_steps_per_exact_proposal": openmm["md_steps_per_s"] / step,
+        }
+    )  # of a single round
+
+
 def check_point(row, chains):
     assert (row["system"], row["atoms"], row["chains"], row["proposals_per_call"]) == (SEQUENCE, ATOMS, chains, chains)
     assert row["torsions"] + row["stiff_coordinates"] == 3 * ATOMS - 6
-    assert set(row["proposals_per_s"]) == set(WHOLE)
-    assert set(row["milliseconds_per_call"]) == {*WHOLE, *PARTS}
-    assert set(row["spread_per_s"]) == {*WHOLE, *PARTS, ENERGIES, MD_STEPS}
-    for name, rate in row["proposals_per_s"].items():
-        assert rate == pytest.approx(1e3 * chains / row["milliseconds_per_call"][name])
-        lowest, highest = row["spread_per_s"][name]
-        assert 0 < lowest <= rate <= highest
-    assert all(value > 0 for value in row["milliseconds_per_call"].values())
-    times = row["milliseconds_per_call"]
-    assert row["parts_over_step"] == pytest.approx(sum(times[name] for name in PARTS) / times["step"])
-    rates = (row["proposals_per_s"]["step"], row["openmm"]["energies_per_s"], row["openmm"]["md_steps_per_s"])
-    assert row["ratios"] == pytest.approx(
-        {"exact_proposals_per_openmm_energy": rates[0] / rates[1], "openmm_md_steps_per_exact_proposal": rates[2] / rates[0]}
-    )  # of a single round
+    assert row["core_share"] > 0
+    for clock in ("wall_time", "cpu_time"):
+        check_figures(row[clock], chains)
     memory = row["memory_MiB"]
     assert memory["peak"] is None or 0 < memory["steps"] <= memory["peak"]
     assert set(row["set_up_s"]) == {"prepare", "bind", "first_step"}

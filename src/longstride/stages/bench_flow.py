@@ -10,8 +10,9 @@ free. Within a point these are timed in turn, round after round after a warm-up,
     OpenMM         energies one by one, and steps of Langevin dynamics as method `md` makes them, on the CPU platform
 
 Rates are medians over the rounds, ratios medians of the ratios of each round: other work on the machine slows both sides
-alike. Weights do not change the cost, so an untrained network of the default sizes serves where no flow is given. It is the
-proposal that does not see x that is measured; one at a finite lag costs the same.
+alike. All is given in wall time and in processor time; `core_share` is how much of the core the process got, and where it is
+far below 1 only processor time says what an idle core would do. Weights do not change the cost, so an untrained network of
+the default sizes serves where no flow is given. The proposal that does not see x is measured; one that does costs the same.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ from longstride.state import State
 from longstride.units import FS_PS, thermal_energy
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping, Sequence
 
     from torch import Tensor
 
@@ -60,7 +61,7 @@ if TYPE_CHECKING:
     Calls = dict[str, tuple[Callable[[], object], float]]  # name to what is called and how many things one call does
 
 BATCHES, CHAINS = (1, 16, 64, 256, 1024), 256
-ROUNDS, WINDOW_SECONDS = 7, 0.3
+ROUNDS, WINDOW_SECONDS = 5, 0.3
 WHOLE = ("proposal", "step")
 PARTS = ("network_sampling", "network_scoring", "stiff_density", "coordinates", "target_energy")
 ENERGIES, MD_STEPS = "openmm_energies", "openmm_md_steps"
@@ -185,8 +186,9 @@ def measure(point: Settings) -> dict[str, Any]:
     """Measure one molecule with one number of chains in this process.
 
     Returns:
-        JSON values: `proposals_per_s` and `milliseconds_per_call` with `chains` proposals per call; of `PARTS` the latter only,
-        and their sum over the step; `openmm` rates; `ratios`; lowest and highest rates; memory; seconds of the set-up.
+        JSON values: in wall and in processor time `proposals_per_s`, `milliseconds_per_call` (of `proposals_per_call`) of
+        `WHOLE` and `PARTS`, the sum of the parts over the step, `openmm` rates, `ratios`, lowest and highest rates; the share
+        of the core; memory; seconds of the set-up.
     """
     torch.set_num_threads(1)
     sampler, set_up_s = _sampler(point)
@@ -197,8 +199,7 @@ def measure(point: Settings) -> dict[str, Any]:
     for call, _ in calls.values():
         call()
     rates = rates_in_turn(calls, rounds=point.rounds, window_s=point.window_s)
-    middle = {name: median(values) for name, values in rates.items()}
-    times = {name: 1e3 * calls[name][1] / middle[name] for name in (*WHOLE, *PARTS)}
+    counts = {name: count for name, (_, count) in calls.items()}
     target = sampler.proposal.molecule.gaussian.target
     return {
         "system": point.sequence,
@@ -208,6 +209,20 @@ def measure(point: Settings) -> dict[str, Any]:
         "chains": point.chains,
         "proposals_per_call": whole["step"][1],
         "compiled": sampler.potential.compiled,
+        "core_share": median(w / c for found in rates.values() for w, c in zip(found.wall, found.cpu, strict=True)),
+        "wall_time": _figures({name: found.wall for name, found in rates.items()}, counts),
+        "cpu_time": _figures({name: found.cpu for name, found in rates.items()}, counts),
+        "memory_MiB": {"after_set_up": resting, "steps": used, "peak": max(filter(None, (highest, used)), default=None)},
+        "set_up_s": set_up_s,
+        "pinned": hasattr(os, "sched_getaffinity") and len(os.sched_getaffinity(0)) == 1,
+    }
+
+
+def _figures(rates: Mapping[str, Sequence[float]], counts: Mapping[str, float]) -> dict[str, Any]:
+    """Return what follows from rates of each round, by one clock."""
+    middle = {name: median(values) for name, values in rates.items()}
+    times = {name: 1e3 * counts[name] / middle[name] for name in (*WHOLE, *PARTS)}
+    return {
         "proposals_per_s": {name: middle[name] for name in WHOLE},
         "milliseconds_per_call": times,
         "parts_over_step": sum(times[name] for name in PARTS) / times["step"],
@@ -217,13 +232,10 @@ def measure(point: Settings) -> dict[str, Any]:
             "openmm_md_steps_per_exact_proposal": _ratio(rates[MD_STEPS], rates["step"]),
         },
         "spread_per_s": {name: [min(values), max(values)] for name, values in rates.items()},
-        "memory_MiB": {"after_set_up": resting, "steps": used, "peak": max(filter(None, (highest, used)), default=None)},
-        "set_up_s": set_up_s,
-        "pinned": hasattr(os, "sched_getaffinity") and len(os.sched_getaffinity(0)) == 1,
     }
 
 
-def _ratio(above: list[float], below: list[float]) -> float:
+def _ratio(above: Sequence[float], below: Sequence[float]) -> float:
     return median(a / b for a, b in zip(above, below, strict=True))
 
 
@@ -333,18 +345,20 @@ def table(result: dict[str, Any]) -> str:
     """Return the result of `flow` as text."""
     network = "untrained network" if result["flow"] == "untrained" else "trained flow"
     rows = {(row["system"], row["chains"]): row for row in (*result["by_batch"], *result["by_atoms"])}.values()
-    head = ("atoms", "chains", "proposals/s", "exact/s", "MD steps/exact", "MiB")
+    head = ("atoms", "chains", "core share", "proposals/s", "exact/s", "exact/CPU s", "MD steps/exact", "MiB")
     lines = [f"transferable flow, {network}, one core, medians of {result['timing']['rounds']} rounds:"]
     lines.append(f"  {'':<14}" + "".join(f"{name:>15}" for name in head))
     for row in rows:
-        rates, steps = row["proposals_per_s"], row["ratios"]["openmm_md_steps_per_exact_proposal"]
-        numbers = [row["atoms"], row["chains"], f"{rates['proposal']:.1f}", f"{rates['step']:.1f}", f"{steps:.2f}"]
+        wall, cpu = row["wall_time"], row["cpu_time"]
+        rates = (*wall["proposals_per_s"].values(), cpu["proposals_per_s"]["step"])
+        steps = cpu["ratios"]["openmm_md_steps_per_exact_proposal"]
+        numbers = (row["atoms"], row["chains"], f"{row['core_share']:.2f}", *(f"{rate:.1f}" for rate in rates), f"{steps:.2f}")
         shown = "".join(f"{value:>15}" for value in (*numbers, row["memory_MiB"]["peak"] or "-"))
         lines.append(f"  {row['system']:<14}{shown}")
-    lines.append("milliseconds of a call, one proposal of each chain:")
+    lines.append("CPU milliseconds of a call, one proposal of each chain:")
     lines.append(f"  {'':<14}{'chains':>8}" + "".join(f"{name.replace('_', ' '):>17}" for name in (*PARTS, "step")))
     for row in rows:
-        times = row["milliseconds_per_call"]
+        times = row["cpu_time"]["milliseconds_per_call"]
         shown = "".join(f"{times[name]:>17.2f}" for name in (*PARTS, "step"))
         lines.append(f"  {row['system']:<14}{row['chains']:>8}{shown}")
     return "\n".join([*lines, "MiB: highest resident memory of a fresh process per point, set-up included"])

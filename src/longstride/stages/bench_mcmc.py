@@ -143,7 +143,7 @@ def _measured(parts: dict[str, Part]) -> dict[str, dict[str, Any]]:
 def _rates(calls: Calls) -> dict[tuple[str, str], float]:
     """Return how many things each call does per second, the best of several rounds over all of them."""
     rates = rates_in_turn(calls, rounds=ROUNDS, window_s=WINDOW_SECONDS)
-    return {name: max(values) for name, values in rates.items()}
+    return {name: max(found.wall) for name, found in rates.items()}
 
 
 def _ratios(*, cartesian: dict[str, Any], serial: dict[str, Any], internal: dict[str, Any], atoms: int) -> dict[str, float]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeVar
 
@@ -13,9 +14,22 @@ if TYPE_CHECKING:
 Name = TypeVar("Name")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Rates:
+    """Things per second of one call, one value per round.
+
+    Attributes:
+        wall: per second of wall time.
+        cpu: per second of processor time of all threads; what other work leaves of a core does not enter it.
+    """
+
+    wall: tuple[float, ...]
+    cpu: tuple[float, ...]
+
+
 def rates_in_turn(
     calls: Mapping[Name, tuple[Callable[[], object], float]], *, rounds: int, window_s: float
-) -> dict[Name, list[float]]:
+) -> dict[Name, Rates]:
     """Time several calls in turn, round after round, so that a disturbance by other work on the machine hits all of them.
 
     Args:
@@ -24,21 +38,25 @@ def rates_in_turn(
         window_s: about how long each is repeated in a round, seconds; at least one call.
 
     Returns:
-        Things per second of each call in each round, 1/s.
+        Rates of each call.
     """
     repeats = {}
     for name, (call, _) in calls.items():
         start = time.perf_counter()
         call()
         repeats[name] = max(1, round(window_s / (time.perf_counter() - start)))
-    rates: dict[Name, list[float]] = {name: [] for name in calls}
+    seconds: dict[Name, list[tuple[float, float]]] = {name: [] for name in calls}
     for _ in range(rounds):
-        for name, (call, count) in calls.items():
-            start = time.perf_counter()
+        for name, (call, _) in calls.items():
+            wall, cpu = time.perf_counter(), time.process_time()
             for _ in range(repeats[name]):
                 call()
-            rates[name].append(repeats[name] * count / (time.perf_counter() - start))
-    return rates
+            seconds[name].append((time.perf_counter() - wall, time.process_time() - cpu))
+    done = {name: repeats[name] * count for name, (_, count) in calls.items()}
+    return {
+        name: Rates(wall=tuple(done[name] / wall for wall, _ in found), cpu=tuple(done[name] / cpu for _, cpu in found))
+        for name, found in seconds.items()
+    }
 
 
 def peak_memory_MiB(*calls: Callable[[], object]) -> int | None:
