@@ -1,4 +1,4 @@
-"""Stage `train-transfer`: exact chains of many peptides -> one transferable flow."""
+"""Stage `train-transfer`: exact chains of many peptides, and their dynamics where there are lags -> one transferable flow."""
 
 from __future__ import annotations
 
@@ -10,19 +10,22 @@ import torch
 
 from longstride.data.atomic import read_arrays, write_text
 from longstride.data.checkpoint import fingerprint, open_state
+from longstride.data.frames import read_trajectories
 from longstride.data.manifest import read_manifest, write_manifest
+from longstride.data.shards import lag_in_frames
 from longstride.errors import DataError
 from longstride.fingerprints import code_version
 from longstride.flows.torsion_network import TorsionArchitecture, TorsionNetwork, log_uniform
 from longstride.flows.transferable import BoundMolecule
 from longstride.flows.transferable_checkpoint import Physics, save_transferable
+from longstride.flows.zmatrix import build_zmatrix
 from longstride.potentials.amber import AmberPotential
 from longstride.provenance import provenance
 from longstride.seeds import job_seed
 from longstride.state import State
 from longstride.systems import load_prepared
 from longstride.training.module_state import ModuleState
-from longstride.training.transfer import MoleculeSamples, Probe, train, validation_loss
+from longstride.training.transfer import Dynamics, MoleculeSamples, Probe, free_torsions, train, validation_loss
 from longstride.units import thermal_energy
 
 if TYPE_CHECKING:
@@ -30,11 +33,13 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from longstride.config import TransferConfig
+    from longstride.systems import Prepared
 
 THREADS = 1  # batches are small, and the order of sums must not depend on the machine's load
 HELD_OUT_SAMPLES = 512
 
-Peptide = tuple["Path", "Path"]  # folders of the prepare and of the chains stage
+# folders of the prepare, of the chains and, where there are lags, of the reference stage
+Peptide = tuple["Path", "Path"] | tuple["Path", "Path", "Path"]
 
 
 def run(
@@ -51,7 +56,8 @@ def run(
 
     Args:
         section: sizes, rates and limits.
-        training: folders of the prepare and chains stages of each training peptide.
+        training: folders of the prepare and chains stages of each training peptide, and of its reference where the section
+            has lags.
         validation: the same of peptides held out.
         out: folder to write.
         state: folder for checkpoints.
@@ -59,16 +65,17 @@ def run(
         threads: cores granted.
 
     Raises:
-        DataError: no peptides, chains that do not belong to their peptide, or different potentials or temperatures.
+        DataError: no peptides; chains or dynamics that do not belong to their peptide; different potentials or
+            temperatures; a lag that does not fit the dynamics, or lags without dynamics.
         NumericsError: training diverged.
     """
     torch.set_num_threads(min(threads, THREADS))
     if not training:
         raise DataError("no training peptides: give folders of chains")
-    loaded = [_load(*peptide) for peptide in (*training, *validation)]
+    loaded = [_load(section, *peptide) for peptide in (*training, *validation)]
     physics, molecules = _one_physics(loaded), [molecule for molecule, _, _ in loaded]
     kept, held_out = molecules[: len(training)], molecules[len(training) :]
-    probes = [_probe(section, *peptide, physics) for peptide in validation] if section.acceptance_frames else []
+    probes = [_probe(section, *peptide[:2], physics) for peptide in validation] if section.acceptance_frames else []
     if shared := {m.name for m in kept} & {m.name for m in held_out}:
         raise DataError(
             f"{', '.join(sorted(shared))}: both a training and a held-out peptide; a test of transfer needs them apart"
@@ -77,26 +84,15 @@ def run(
     draws = job_seed(seed, "held-out")
 
     def evaluate(network: TorsionNetwork) -> dict[str, float]:
-        losses = validation_loss(network, held_out, count=HELD_OUT_SAMPLES, seed=draws)
-        if not losses:
-            return {}
-        found = {"validation_nll_per_torsion": float(np.mean(list(losses.values())))}
-        if probes:
-            quality = np.array([probe.measure(network, seed=draws) for probe in probes])
-            found |= {"validation_acceptance": float(np.median(quality[:, 0]))}
-            found |= {"validation_least_acceptance": float(quality[:, 0].min())}
-            found |= {"validation_log_r_sd": float(np.median(quality[:, 1]))}
-        return found
+        return _metrics(network, held_out, probes, seed=draws)
 
     key = fingerprint(section.model_dump(), [files for _, _, files in loaded], seed, code_version("train_transfer"))
     with open_state(state, key) as folder:
         train(trainer, kept, section, evaluate=evaluate, folder=folder)
-        losses = validation_loss(trainer.module, held_out, count=HELD_OUT_SAMPLES, seed=draws)
         content: dict[str, Any] = {
             "physics": vars(physics),
             "training": [m.name for m in kept],
-            "validation_nll_per_torsion": losses,
-            "validation_acceptance": {p.name: p.measure(trainer.module, seed=draws)[0] for p in probes},
+            **_by_peptide(trainer.module, held_out, probes, seed=draws),
             "samples": sum(len(m.torsions) for m in kept),
             "steps": trainer.step,
             "train_wall_s": trainer.wall_s,
@@ -105,17 +101,81 @@ def run(
         folder.clear()
 
 
-def _load(prepared: Path, chains: Path) -> tuple[MoleculeSamples, Physics, dict[str, Any]]:
+def _columns(network: TorsionNetwork) -> dict[int, str]:
+    """Return what ends the names of metrics of each label: nothing for the independent one, which comes first."""
+    *lags, _ = network.architecture.labels
+    return {len(lags): "", **{label: f"_{name.replace(' ', '_')}" for label, name in enumerate(lags)}}
+
+
+def _metrics(
+    network: TorsionNetwork, held_out: Sequence[MoleculeSamples], probes: Sequence[Probe], *, seed: int
+) -> dict[str, float]:
+    """Return the loss and the acceptance of every label, over the held-out peptides."""
+    found: dict[str, float] = {}
+    for label, end in _columns(network).items() if held_out else ():
+        losses = validation_loss(network, held_out, label=label, count=HELD_OUT_SAMPLES, seed=seed)
+        found[f"validation_nll_per_torsion{end}"] = float(np.mean(list(losses.values())))
+        if probes:
+            quality = np.array([probe.measure(network, label=label, seed=seed) for probe in probes])
+            found[f"validation_acceptance{end}"] = float(np.median(quality[:, 0]))
+            found[f"validation_least_acceptance{end}"] = float(quality[:, 0].min())
+            found[f"validation_log_r_sd{end}"] = float(np.median(quality[:, 1]))
+    return found
+
+
+def _by_peptide(
+    network: TorsionNetwork, held_out: Sequence[MoleculeSamples], probes: Sequence[Probe], *, seed: int
+) -> dict[str, dict[str, float]]:
+    """Return the loss and the acceptance of every label and held-out peptide, for the manifest."""
+    found = {}
+    for label, end in _columns(network).items():
+        losses = validation_loss(network, held_out, label=label, count=HELD_OUT_SAMPLES, seed=seed)
+        found[f"validation_nll_per_torsion{end}"] = losses
+        found[f"validation_acceptance{end}"] = {p.name: p.measure(network, label=label, seed=seed)[0] for p in probes}
+    return found
+
+
+def _load(
+    section: TransferConfig, prepared: Path, chains: Path, reference: Path | None = None
+) -> tuple[MoleculeSamples, Physics, dict[str, Any]]:
+    """Return the samples of a peptide, their physics, and the checksums of what they were read from."""
     molecule = load_prepared(prepared)
     source = read_manifest(chains, kind="samples")
     if source["system_hash"] != molecule.system_hash:
         raise DataError(f"{chains} belongs to another molecule or force field than {prepared}")
     if source["invariance"] != "exact":
         raise DataError(f"{chains} holds {source['invariance']} samples; a transferable flow learns from exact ones")
+    if section.lags_ps and reference is None:
+        name = molecule.system.name
+        raise DataError(f"transfer.lags_ps: {name} has no dynamics; give its folders as PREPARED:CHAINS:REFERENCE")
+    if reference is not None and not section.lags_ps:
+        raise DataError(f"transfer.lags_ps is empty; give lags to learn from {reference}, or leave it out")
+    dynamics, files = None, source["files"]
+    if reference is not None:
+        dynamics, more = _dynamics(section, molecule, reference, temperature_K=source["temperature_K"])
+        files = {"chains": files, "reference": more}
     positions = read_arrays(chains / "samples.safetensors")[0]["positions"]
     flat = positions.reshape(-1, *positions.shape[2:])
-    samples = MoleculeSamples.of(molecule, flat, kT=thermal_energy(source["temperature_K"]))
-    return samples, Physics.of(molecule, source["temperature_K"]), source["files"]
+    samples = MoleculeSamples.of(molecule, flat, kT=thermal_energy(source["temperature_K"]), dynamics=dynamics)
+    return samples, Physics.of(molecule, source["temperature_K"]), files
+
+
+def _dynamics(
+    section: TransferConfig, molecule: Prepared, reference: Path, *, temperature_K: float
+) -> tuple[Dynamics, dict[str, Any]]:
+    """Return the dynamics of a peptide at the section's lags, and the checksums of its files."""
+    source = read_manifest(reference, kind="reference", verify=False)  # the frames are verified as they are read
+    if source["system_hash"] != molecule.system_hash:
+        raise DataError(f"{reference} belongs to another molecule or force field than the chains of {molecule.system.name}")
+    if source["temperature_K"] != temperature_K:
+        raise DataError(f"{reference} is at {source['temperature_K']:g} K, the chains are at {temperature_K:g} K")
+    zmatrix = build_zmatrix(molecule.system)
+    frames = read_trajectories(reference, fields=("positions",))
+    trajectories = [free_torsions(zmatrix, fields["positions"]) for fields in frames]
+    spacing, shortest = source["frame_spacing_ps"], min(map(len, trajectories))
+    lags = tuple(lag_in_frames(lag, spacing, shortest, key="transfer.lags_ps") for lag in section.lags_ps)
+    made = Dynamics.of(trajectories, lags=lags, independent_fraction=section.independent_fraction)
+    return made, source["files"]
 
 
 def _probe(section: TransferConfig, prepared: Path, chains: Path, physics: Physics) -> Probe:
@@ -149,6 +209,7 @@ def _untrained(section: TransferConfig, seed: int) -> ModuleState[TorsionNetwork
 
 def _network(section: TransferConfig, seed: int) -> TorsionNetwork:
     sizes = TorsionArchitecture(
+        lags_ps=section.lags_ps,
         width=section.width,
         heads=section.heads,
         layers=section.layers,
