@@ -1,13 +1,15 @@
 """From exact chains of peptides to a transferable flow and to chains of a peptide that no step has seen."""
 
 import csv
+import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
-from longstride.config import ChainsConfig, ExploreSampling, PhysicsConfig, TimewarpSampling, TransferConfig
+from longstride.config import ChainsConfig, ExploreSampling, PhysicsConfig, ReferenceConfig, TimewarpSampling, TransferConfig
 from longstride.data.atomic import read_arrays
 from longstride.data.manifest import read_manifest, write_manifest
 from longstride.errors import DataError, NumericsError
@@ -16,7 +18,7 @@ from longstride.flows.transferable import BoundMolecule
 from longstride.flows.transferable_checkpoint import load_transferable
 from longstride.mcmc import run as chain_loop
 from longstride.mcmc.timewarp import MOVES
-from longstride.stages import train_transfer
+from longstride.stages import reference, train_transfer
 from longstride.stages.chains import run_chains
 from longstride.stages.sample_flow import run_explore, run_timewarp
 from longstride.systems import prepare_sequence, save_prepared
@@ -28,6 +30,11 @@ TRANSFER = TransferConfig(
     metrics_every_steps=20, checkpoint_every_steps=20, warm_up_steps=5, learning_rate=0.01, ema_decay=0.9,
     acceptance_frames=32, fitted_states=20,
 )  # fmt: skip
+DYNAMICS = ReferenceConfig(
+    engine="batched", trajectories=6, length_ps=0.16, equilibration_ps=0, save_every_ps=0.02, checkpoint_every_ps=0.16,
+    compile_energy=False,
+)  # fmt: skip
+LAGS = TRANSFER.model_copy(update={"lags_ps": (0.04, 0.1)})
 PEPTIDES = ("ACE-GLY-NME", "GA", "AG")
 
 
@@ -63,6 +70,20 @@ def trained(folders):
     return train(folders, folders / "model")
 
 
+@pytest.fixture(scope="module")
+def peptides(folders):
+    """The three folders of each peptide, the last of them with short molecular dynamics."""
+    for name in PEPTIDES:
+        job = {"prepared": folders / name, "out": folders / f"reference-{name}", "state": folders / "reference.state"}
+        reference.run(DYNAMICS, physics=PhysicsConfig(), **job, seed=1, threads=1)
+    return [(folders / name, folders / f"chains-{name}", folders / f"reference-{name}") for name in PEPTIDES]
+
+
+@pytest.fixture(scope="module")
+def lagged(folders, peptides):
+    return train_on(peptides[:2], folders / "lagged" / "model", validation=peptides[2:], section=LAGS)
+
+
 def test_chains_hold_exact_samples_at_a_thermal_energy(folders):
     manifest = read_manifest(folders / "chains-AG", kind="samples")
     assert manifest["invariance"] == "exact"
@@ -92,6 +113,55 @@ def test_a_trained_flow_proposes_for_an_unseen_peptide(folders, trained):
     rates = read_manifest(out, kind="samples")["acceptance_by_label"]
     assert set(rates) == {MOVES, "independent"}
     assert rates["independent"] > 0
+
+
+def test_lags_are_learned_from_dynamics_and_measured_one_by_one(lagged, trained):
+    network, _ = load_transferable(lagged / "model.safetensors")
+    assert network.architecture.labels == ("0.04 ps", "0.1 ps", "independent")
+    rows = list(csv.DictReader((lagged / "metrics.csv").open()))
+    plain = next(csv.DictReader((trained / "metrics.csv").open()))
+    metrics = [name for name in plain if name.startswith("validation_")]
+    assert len(metrics) == 4
+    assert list(rows[0]) == [*plain, *(f"{name}_{lag}_ps" for lag in ("0.04", "0.1") for name in metrics)]
+    manifest = read_manifest(lagged, kind="transferable")
+    found = {end: manifest[f"validation_nll_per_torsion{end}"]["AG"] for end in ("", "_0.04_ps", "_0.1_ps")}
+    assert found["_0.04_ps"] < found[""] - 0.2  # what comes 0.04 ps later is close to x
+    for end, value in found.items():
+        assert 0 < manifest[f"validation_acceptance{end}"]["AG"] < 1
+        assert float(rows[-1][f"validation_nll_per_torsion{end}"]) == pytest.approx(value, abs=1e-6)
+
+
+def test_a_flow_with_lags_proposes_with_every_label(folders, lagged, tmp_path):
+    labels = {"0.04 ps", "0.1 ps", "independent"}
+    chains = make_chains(folders / "AG", tmp_path / "chains", flow=lagged)
+    assert set(read_manifest(chains, kind="samples")["acceptance_by_label"]) == {MOVES, *labels}
+    section = TimewarpSampling(
+        chains=8, proposals=16, save_every=4, burn_in=4, checkpoint_every=4, compile_energy=False, fitted_states=20
+    )
+    job = {"prepared": folders / "AG", "flow": lagged, "reference": None, "out": tmp_path / "out", "state": tmp_path / "state"}
+    run_timewarp(section, **job, seed=1, threads=1)
+    manifest = read_manifest(tmp_path / "out", kind="samples")
+    assert manifest["invariance"] == "exact"
+    assert labels <= set(manifest["acceptance_by_label"])
+
+
+def test_lags_that_do_not_fit_the_dynamics_are_one_line(folders, peptides, tmp_path):
+    def refused(message, *, lags=(0.04,), peptide=peptides[0]):
+        section = TRANSFER.model_copy(update={"lags_ps": lags})
+        with pytest.raises(DataError, match=message) as error:
+            train_on([peptide], tmp_path / "model", section=section)
+        assert "\n" not in str(error.value)
+
+    refused(r"transfer\.lags_ps: 0\.05 ps is not a whole multiple of .* 0\.02 ps \(reference\.save_every_ps\)", lags=(0.05,))
+    refused(r"transfer\.lags_ps: 0\.16 ps is not shorter .* \(0\.16 ps\).* \(reference\.length_ps\)", lags=(0.04, 0.16))
+    refused(r"transfer\.lags_ps: AG has no dynamics; .*PREPARED:CHAINS:REFERENCE", peptide=peptides[2][:2])
+    refused(r"transfer\.lags_ps is empty; give lags to learn from .*reference-GA", lags=(), peptide=peptides[1])
+    refused("reference-GA belongs to another molecule", peptide=(*peptides[2][:2], peptides[1][2]))
+    hot = tmp_path / "hot"
+    shutil.copytree(peptides[2][2], hot)
+    manifest = json.loads((hot / "manifest.json").read_text())
+    (hot / "manifest.json").write_text(json.dumps({**manifest, "temperature_K": 320.0}))
+    refused("hot is at 320 K, the chains are at 310 K", peptide=(*peptides[2][:2], hot))
 
 
 def test_starts_that_could_never_move_are_one_line(folders, tmp_path, monkeypatch):
