@@ -205,9 +205,15 @@ def test_chains_continue_with_the_same_samples(folders, monkeypatch, tmp_path):
     assert not np.array_equal(whole["positions"], read_arrays(other / "samples.safetensors")[0]["positions"])
 
 
-def test_training_continues_with_the_same_weights(folders, trained, monkeypatch, tmp_path):
+@pytest.mark.parametrize("lags", [False, True], ids=["independent", "lags"])
+def test_training_continues_with_the_same_weights(lags, folders, request, monkeypatch, tmp_path):
     from longstride.training import module_state
 
+    whole = request.getfixturevalue("lagged" if lags else "trained")
+    peptides = (
+        request.getfixturevalue("peptides") if lags else [(folders / name, folders / f"chains-{name}") for name in PEPTIDES]
+    )
+    job = {"validation": peptides[2:], "section": LAGS if lags else TRANSFER}
     save, count = module_state.ModuleState.save, [0]
 
     def dying(self, folder):
@@ -218,9 +224,9 @@ def test_training_continues_with_the_same_weights(folders, trained, monkeypatch,
 
     monkeypatch.setattr(module_state.ModuleState, "save", dying)
     with pytest.raises(Kill):
-        train(folders, tmp_path / "model")
-    train(folders, tmp_path / "model")
-    one, two = (read_arrays(folder / "model.safetensors")[0] for folder in (trained, tmp_path / "model"))
+        train_on(peptides[:2], tmp_path / "model", **job)
+    train_on(peptides[:2], tmp_path / "model", **job)
+    one, two = (read_arrays(folder / "model.safetensors")[0] for folder in (whole, tmp_path / "model"))
     assert all(np.array_equal(value, two[name]) for name, value in one.items())
 
 
