@@ -7,6 +7,7 @@ import openmm
 import pytest
 from openmm import app, unit
 
+from longstride.dynamics import starts as dynamics_starts
 from longstride.dynamics.starts import BASINS, basin_starts
 from longstride.errors import DataError, LongstrideError
 from longstride.systems import (
@@ -102,6 +103,20 @@ def test_starts_lie_in_different_basins(alanine):
     angles = np.degrees([[torsion(x, phi), torsion(x, psi)] for x in starts])
     assert (angles[:, 0] > 0).sum() >= 2
     assert (angles[:, 0] < 0).sum() >= 2
+
+
+def test_starts_keep_the_canonical_labels(monkeypatch):
+    """In this molecule a clash turns a methyl group inside out; the control is the minimiser alone."""
+    leucine = prepare_sequence("EL", name="EL", **PHYSICS)
+
+    def start():
+        return dynamics_starts._structure(leucine, backbone_torsions(leucine.system), (3, 4))
+
+    kept = start()
+    assert np.array_equal(canonical_labels(leucine.system, kept), kept)
+    monkeypatch.setattr(dynamics_starts, "canonical_labels", lambda _, positions: positions)
+    raw = start()
+    assert not np.array_equal(canonical_labels(leucine.system, raw), raw)
 
 
 def test_proline_ring_cannot_be_turned():

@@ -297,15 +297,15 @@ def _folders_of(options: argparse.Namespace, *inputs: str) -> dict[str, Path]:
 
 def _once(
     options: argparse.Namespace, *, module: str, view: dict[str, Any], inputs: list[Path], make: Callable[[], None]
-) -> None:
-    """Run `make` unless the same work is already complete in `options.out`."""
+) -> bool:
+    """Run `make` unless the same work is already complete in `options.out`; return whether it ran."""
     from longstride.data.checkpoint import fingerprint
     from longstride.data.manifest import identity
     from longstride.data.once import run_once
     from longstride.fingerprints import code_version
 
     key = fingerprint(module, view, [identity(folder) for folder in inputs], code_version(module))
-    run_once(make, out=options.out, state=_state(options), key=key)
+    return run_once(make, out=options.out, state=_state(options), key=key)
 
 
 def _seed(config: cfg.Config, *identity: str | int) -> int:
@@ -380,14 +380,18 @@ def _chains(options: argparse.Namespace) -> None:
 
 def _train_transfer(options: argparse.Namespace) -> None:
     from longstride.stages import train_transfer
+    from longstride.training.ranks import started_processes
 
+    if (count := started_processes()) is not None:  # torchrun has the last word
+        options.set_processes = str(count)
     config = _load(options, "transfer")
     training, validation = ([_peptide(text) for text in texts] for texts in (options.training, options.held_out))
     job = {"training": training, "validation": validation, **_folders_of(options), "threads": options.threads}
-    make = partial(train_transfer.run, config.transfer, **job, seed=_seed(config, "transfer"))
     view = {**cfg.stage_view(config, "transfer"), "held_out": len(validation)}
     folders = [folder for peptide in (*training, *validation) for folder in peptide]
-    _once(options, module="train_transfer", view=view, inputs=folders, make=make)
+    with train_transfer.together(config.transfer) as ranks:
+        work = partial(train_transfer.run, config.transfer, **job, seed=_seed(config, "transfer"), ranks=ranks)
+        ranks.once(lambda make: _once(options, module="train_transfer", view=view, inputs=folders, make=make), work)
 
 
 def _peptide(text: str) -> tuple[Path, Path] | tuple[Path, Path, Path]:

@@ -212,6 +212,14 @@ class TransferConfig(Section):
     max_steps: int = Field(6000, ge=1, description="optimiser steps; the learning rate falls to zero at the last")
     molecules_per_step: int = Field(4, ge=1, description="peptides in a batch")
     samples_per_molecule: int = Field(64, ge=1, description="samples of each peptide in a batch")
+    accumulate: int = Field(1, ge=1, description="batches per optimiser step, gradients averaged; memory is that of one batch")
+    processes: int = Field(
+        1, ge=1, description="processes (torchrun) that train together, each on batches of its own; gradients are averaged"
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where it is trained; auto: a GPU where there is one")
+    precision: Literal["float32", "bfloat16"] = Field(
+        "float32", description="of the network's matrix products in training; weights and density are float32 in any case"
+    )
     learning_rate: float = Field(2e-3, gt=0, description="peak learning rate (AdamW, warm-up, cosine decay)")
     warm_up_steps: int = Field(100, ge=0, description="steps over which the learning rate rises to its peak")
     weight_decay: float = Field(0.01, ge=0, description="decoupled weight decay")
@@ -275,7 +283,9 @@ class TunedMDSampling(Section):
 
     chains: int = Field(128, ge=2, description="independent trajectories, advanced together in groups of 128")
     length_ps: float = Field(200.0, gt=0, description="length of each trajectory; 200 ps take about a minute on one core")
-    timestep_fs: float = Field(4.0, gt=0, le=8, description="integration step")
+    timestep_fs: float = Field(
+        4.0, gt=0, le=8, description="integration step; 4 fs suits capped peptides, ammonium groups (NH3+) need 2.5"
+    )
     friction_per_ps: float = Field(0.3, gt=0, description="Langevin friction")
     hydrogen_mass_Da: float | None = Field(3.024, ge=1, le=4, description="hydrogen mass; null keeps 1.008")
     equilibration_ps: float = Field(5.0, ge=0, description="discarded start of each trajectory")

@@ -14,7 +14,6 @@ from longstride.data.manifest import read_manifest, write_manifest
 from longstride.errors import DataError, LongstrideError, NumericsError
 from longstride.flows.cartesian import CartesianArchitecture, CartesianFlow, log_normal
 from longstride.stages import flow as stage
-from longstride.stages import train_cartesian
 from longstride.stages.sample_flow import run_explore, run_timewarp
 from longstride.state import State
 from longstride.training.cartesian import (
@@ -29,6 +28,7 @@ from longstride.training.cartesian import (
     train,
     validation_nll,
 )
+from longstride.training.device import training_device
 from longstride.training.module_state import ModuleState
 
 TINY = CartesianArchitecture(
@@ -317,7 +317,7 @@ def test_several_lags_and_absent_gpus_are_one_clear_line(folders):
     assert not (root / "flow").exists()
     if not torch.cuda.is_available():
         with pytest.raises(LongstrideError, match="sees no GPU"):
-            train_cartesian.training_device(CartesianConfig(device="cuda"))
+            training_device("cuda", key="flow.cartesian.device")
 
 
 def test_a_published_checkpoint_samples_any_peptide(folders, shared_data, tmp_path):

@@ -2,13 +2,20 @@
 
 import csv
 import json
+import os
 import shutil
+import subprocess
+import sys
+import time
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import yaml
 
+from longstride.cli import main
 from longstride.config import ChainsConfig, ExploreSampling, PhysicsConfig, ReferenceConfig, TimewarpSampling, TransferConfig
 from longstride.data.atomic import read_arrays
 from longstride.data.manifest import read_manifest, write_manifest
@@ -282,3 +289,51 @@ def test_a_transferable_flow_samples_without_a_reference(method, folders, traine
     assert manifest["temperature_K"] == 310.0
     assert ("torsion moves" in manifest["acceptance_by_label"]) is (method == "timewarp")
     assert read_arrays(tmp_path / "out" / "samples.safetensors")[0]["positions"].shape == (2, 8, 20, 3)
+
+
+def torchrun(peptides, place, *, kill_after=None):
+    """Train in two processes in the folder `place`; kill -9 what started them once there are checkpoints. Return the model."""
+    settings = {**LAGS.model_dump(mode="json"), "max_steps": 400, "metrics_every_steps": 200, "acceptance_frames": 0}
+    place.mkdir(exist_ok=True)
+    (place / "config.yaml").write_text(yaml.safe_dump({"transfer": {**settings, "device": "cpu"}}))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "longstride.cli"]
+    command += ["train-transfer", "--config", str(place / "config.yaml"), "--out", str(place / "out"), "--threads", "2"]
+    folders = [":".join(map(str, peptide)) for peptide in peptides]
+    command += ["--training", *folders[:2], "--held-out", *folders[2:]]
+    source = Path(train_transfer.__file__).parents[2]
+    with (place / "log.txt").open("w") as log:
+        environment = {**os.environ, "PYTHONPATH": str(source)}
+        process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
+    if kill_after is not None:
+        while process.poll() is None and len(list((place / "out" / ".state").glob("checkpoint_*"))) < kill_after:
+            time.sleep(0.05)
+        process.kill()
+    status = process.wait(timeout=300)
+    assert (status == 0) is (kill_after is None), (place / "log.txt").read_text()
+    return place / "out"
+
+
+@pytest.mark.slow
+def test_two_processes_that_are_killed_continue_with_the_same_weights(peptides, tmp_path):
+    whole = torchrun(peptides, tmp_path / "whole")
+    out = torchrun(peptides, tmp_path / "killed", kill_after=2)
+    assert not (out / "manifest.json").exists()
+    assert torchrun(peptides, tmp_path / "killed") == out
+    one, two = (read_arrays(folder / "model.safetensors")[0] for folder in (whole, out))
+    assert all(np.array_equal(value, two[name]) for name, value in one.items())
+    manifest = read_manifest(out, kind="transferable")
+    assert (manifest["processes"], manifest["device"], manifest["steps"]) == (2, "cpu", 400)
+    assert len((whole / "metrics.csv").read_text().splitlines()) == 3
+    log = (tmp_path / "whole" / "log.txt").read_text()
+    assert log.count("train-transfer: 2 peptides") == 1
+    assert log.count("100% 400/400") == 1
+
+
+def test_more_processes_than_were_started_are_one_line(folders, tmp_path, monkeypatch, capsys):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    pair = f"{folders / 'AG'}:{folders / 'chains-AG'}"
+    assert main(["train-transfer", "--training", pair, "--out", str(tmp_path / "out"), "--processes", "2"]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert "transfer.processes is 2, but 1 started: use torchrun --standalone --nproc-per-node 2 -m longstride.cli" in said
+    assert not (tmp_path / "out").exists() or not (tmp_path / "out" / "manifest.json").exists()

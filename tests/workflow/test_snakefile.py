@@ -52,6 +52,10 @@ OWN_CONFIGS = {
     "bad": "flow: {hiden: 3}\n",
     "lags": "run: {name: lags}\nsystems: [{name: AV, sequence: AV}]\nsample: {methods: [md, timewarp]}\n"
     "reference: {engine: batched}\ntransfer: {train: [AA, GA], validation: [AG], rounds: 2, lags_ps: [10, 100]}\n",
+    "two-processes": (
+        "systems: [{name: AV, sequence: AV}]\nsample: {methods: [md, timewarp]}\n"
+        "transfer: {train: [GA], validation: [AG], processes: 2, lags_ps: [10]}\n"
+    ),
 }
 
 
@@ -63,7 +67,7 @@ def cases(tmp_path_factory) -> dict[str, tuple[Path, str]]:
     jobs.append(_case(top, "slurm", "--dry-run", "--executor", "slurm", profile="slurm"))
     for name, text in OWN_CONFIGS.items():
         (top / f"{name}.yaml").write_text(text)
-        jobs.append(_case(top, name, "--dry-run", "--printshellcmds", config=top / f"{name}.yaml"))
+        jobs.append(_case(top, name, "--dry-run", "--printshellcmds", "--cores", "4", config=top / f"{name}.yaml"))
     jobs.append(_case(top, "in-use"))
     held = top / "in-use" / "results" / "smoke"
     held.mkdir(parents=True)
@@ -131,6 +135,17 @@ def test_lags_of_the_transferable_flow_need_the_dynamics_of_its_peptides(cases):
     without = cases["dry-2aa"][1]  # negative control: no lags, no dynamics of the peptides
     assert not re.search(r"reference: molecular dynamics of AA\n", without)
     assert re.search(r"--training \S*prepare/AA:\S*chains/round0/AA ", without)
+
+
+def test_training_in_several_processes_is_started_by_torchrun(cases):
+    text = cases["two-processes"][1]
+    found = re.findall(r"exec torchrun --standalone --nproc-per-node 2 -m longstride.cli (train-transfer .*?) > ", text)
+    assert len(found) == 1
+    options = build_parser().parse_args(shlex.split(found[0]))
+    assert options.threads == 2
+    stages = ("prepare", "chains/round0", "reference")
+    for name, folders in (("GA", options.training), ("AG", options.held_out)):
+        assert folders == [":".join(f"results/smoke/{stage}/{name}" for stage in stages)]
 
 
 def test_slurm_profile_plans_without_slurm(cases):
@@ -201,6 +216,6 @@ def test_rules_are_uniform():
         for part in ("output:", "log:", "benchmark:", "conda:", "threads:", "mem_mb=", "runtime=", "params:", "message:"):
             assert part in block, (block.splitlines()[0], part)
         assert "key=job_key(" in block
-        assert '"exec longstride ' in block
+        assert '"exec longstride ' in block or '"exec {params.launch} train-transfer ' in block
         assert "retries" not in block  # a rule's retries nest inside a cluster job
     assert len((ROOT / "Snakefile").read_text().splitlines()) <= 40

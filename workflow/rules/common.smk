@@ -74,6 +74,13 @@ def peptides_of(name):
     return joined
 
 
+def training_command(processes):
+    """Return how to start a command of the package that trains in one process or in several."""
+    if processes == 1:
+        return "longstride"
+    return f"torchrun --standalone --nproc-per-node {processes} -m longstride.cli"
+
+
 def flow_of(wildcards):
     """Return the flow that samples a system: the shipped one, the transferable one where one is trained, else its own."""
     if TRANSFER.shipped:

@@ -45,13 +45,14 @@ rule train_transfer:
         "<run>/benchmarks/transfer/round{round}.tsv"
     conda:
         "../../envs/longstride.yaml"
-    threads: 1
+    threads: TRANSFER.processes
     resources:
-        mem_mb=8000,
+        mem_mb=8000 * TRANSFER.processes,
         runtime=1440,
     params:
         config=str(RUN.frozen),
         key=job_key("transfer"),
+        launch=training_command(TRANSFER.processes),
         training=peptides_of("training"),
         validation=peptides_of("validation"),
         out=subpath(output.manifest, parent=True),
@@ -59,6 +60,6 @@ rule train_transfer:
     message:
         "train-transfer: one flow for every peptide, round {wildcards.round}"
     shell:
-        "exec longstride train-transfer --config {params.config:q}"
+        "exec {params.launch} train-transfer --config {params.config:q}"
         " --training {params.training:q} --held-out {params.validation:q}"
         " --out {params.out:q} --state {params.state:q} --threads {threads} > {log:q} 2>&1"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from longstride.systems import Prepared, backbone_torsions, minimise, set_torsion
+from longstride.systems import Prepared, backbone_torsions, canonical_labels, minimise, set_torsion
 
 Torsion = tuple[str, tuple[int, int, int, int]]
 
@@ -38,4 +38,5 @@ def _structure(prepared: Prepared, torsions: list[Torsion], basins: tuple[int, .
         angle = BASINS[basins[residue]][kind == "psi"]
         positions = set_torsion(prepared.system, positions, atoms, np.radians(angle))
         residue += kind == "psi"
-    return minimise(prepared.openmm_system, positions, tolerance=10.0)
+    # relaxing a clash can turn a methyl group inside out
+    return canonical_labels(prepared.system, minimise(prepared.openmm_system, positions, tolerance=10.0))

@@ -66,10 +66,10 @@ class TorsionFeatures:
         """Number of free torsions."""
         return len(self.ends)
 
-    def to(self, dtype: torch.dtype) -> TorsionFeatures:
-        """Return a copy with real features in another precision; the symmetry numbers keep theirs."""
-        values = {item.name: getattr(self, item.name) for item in fields(self)}
-        changed = {k: v.to(dtype) for k, v in values.items() if v.is_floating_point() and k != "symmetry"}
+    def to(self, dtype: torch.dtype | None = None, *, device: torch.device | None = None) -> TorsionFeatures:
+        """Return a copy on another device, or with real features in another precision; the symmetry numbers keep theirs."""
+        values = {item.name: getattr(self, item.name).to(device=device) for item in fields(self)}
+        changed = {k: v.to(dtype=dtype) for k, v in values.items() if v.is_floating_point() and k != "symmetry"}
         return TorsionFeatures(**{**values, **changed})
 
 

@@ -88,7 +88,7 @@ class AtomEncoder(nn.Module):
         source, target = features.bonds
         for message, update, norm in zip(self.messages, self.updates, self.norms, strict=True):
             sent = message(torch.cat([h[source], h[target]], -1))
-            received = torch.zeros_like(h).index_add(0, target, sent)
+            received = torch.zeros_like(h).index_add(0, target, sent.to(h.dtype))
             h = norm(h + update(torch.cat([h, received], -1)))
         return h
 
@@ -193,7 +193,7 @@ class TorsionNetwork(nn.Module):
             distances=torch.stack(
                 [functional.pad(m.distances, (0, p, 0, p), value=FARTHEST) for m, p in zip(molecules, pad, strict=True)]
             ),
-            present=torch.stack([torch.arange(longest) < len(item) for item in vectors]),
+            present=torch.stack([torch.arange(longest, device=item.device) < len(item) for item in vectors]),
             symmetry=torch.stack([functional.pad(m.symmetry, (0, p), value=1.0) for m, p in zip(molecules, pad, strict=True)]),
         )
 
@@ -237,7 +237,10 @@ class TorsionNetwork(nn.Module):
         for layer in self.causal:
             assert isinstance(layer, Layer)
             h = layer.attend(h, *layer.keys_values(h), self._bias(layer, tokens) + causal)
-        log_p = circular.log_prob(reduced(t, tokens.symmetry), self.out(self.norm(h)))
+        parameters = self.out(self.norm(h))
+        # under autocast the density itself keeps its precision
+        parameters = parameters.to(torch.promote_types(parameters.dtype, t.dtype))
+        log_p = circular.log_prob(reduced(t, tokens.symmetry), parameters)
         return torch.where(tokens.present, log_p, 0.0).sum(-1)
 
     def sample(self, tokens: Tokens, context: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:

@@ -176,7 +176,7 @@ class TransferableProposal:
 
     def _context(self, tokens: Tokens, t_x: Tensor) -> Tensor:
         dtype = tokens.tokens.dtype
-        return self.network.context(tokens, t_x.to(dtype), torch.full((len(t_x),), self.label))
+        return self.network.context(tokens, t_x.to(dtype), torch.full((len(t_x),), self.label, device=t_x.device))
 
     def _log_torsions(self, tokens: Tokens, t: Tensor, t_x: Tensor) -> Tensor:
         log_q = self.network.log_prob(tokens, t.to(tokens.tokens.dtype), self._context(tokens, t_x))

@@ -6,6 +6,7 @@ They are equilibrium samples, and so the training data of the next transferable 
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 
     from longstride.config import ChainsConfig, PhysicsConfig
     from longstride.flows.torsion_network import TorsionNetwork
+    from longstride.mcmc.kernel import LogDensity
     from longstride.systems import Prepared
 
 THREADS = 1  # peptides are what runs side by side
@@ -73,9 +75,11 @@ def run_chains(
         files = read_manifest(flow, kind="transferable")["files"]
         network, trained_on = load_transferable(flow / WEIGHTS)
         trained_on.check(Physics.of(molecule, physics.temperature_K), path=flow)
-    potential = target_potential(molecule, section.energies, compile=section.compile_energy, key="chains.energies")
-    bound = BoundMolecule.of(molecule, potential, kT=kT, fitted_states=section.fitted_states)
-    kernel = peptide_kernel(bound, network, flow_probability=section.flow_probability, kT=kT)
+    engine = partial(target_potential, molecule, section.energies, compile=section.compile_energy, key="chains.energies")
+    # single precision does for what shapes proposals and decides nothing
+    potential, guide = engine(), engine(dtype=torch.float32)
+    bound = BoundMolecule.of(molecule, guide, kT=kT, fitted_states=section.fitted_states)
+    kernel = peptide_kernel(bound, network, boltzmann(potential, kT), flow_probability=section.flow_probability)
     chosen = torch.randint(
         len(bound.states), (section.chains,), generator=torch.Generator().manual_seed(job_seed(seed, "starts"))
     )
@@ -100,16 +104,17 @@ def run_chains(
         folder.clear()
 
 
-def peptide_kernel(molecule: BoundMolecule, network: TorsionNetwork | None, *, flow_probability: float, kT: float) -> Kernel:
+def peptide_kernel(
+    molecule: BoundMolecule, network: TorsionNetwork | None, log_density: LogDensity, *, flow_probability: float
+) -> Kernel:
     """Return the mixture of torsion moves and of flow proposals, all labels alike; exact.
 
     Args:
         molecule: the molecule.
         network: the torsion network, or None for torsion moves alone.
+        log_density: log pi up to a constant.
         flow_probability: of all flow proposals together.
-        kT: thermal energy, kJ/mol.
     """
-    log_density = boltzmann(molecule.gaussian.target.potential, kT)
     moves = hastings(log_density, TorsionMoves(molecule=molecule).propose, label=MOVES)
     if network is None:
         return moves

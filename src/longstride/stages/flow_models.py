@@ -41,13 +41,14 @@ class OpenFlow:
     files: dict[str, Any]
 
 
-def open_flow(folder: Path, molecule: Prepared, potential: Potential, *, fitted_states: int = 300) -> OpenFlow:
+def open_flow(folder: Path, molecule: Prepared, guide: Potential, *, fitted_states: int = 300) -> OpenFlow:
     """Return the flow that `train-flow`, `train-transfer` or `import-timewarp` wrote, bound to a molecule.
 
     Args:
         folder: of the flow.
         molecule: to sample.
-        potential: the target.
+        guide: the target, for the stiff coordinates of a transferable flow. It shapes proposals and decides nothing, so single
+            precision does.
         fitted_states: of a transferable flow, see `BoundMolecule.of`.
 
     Raises:
@@ -60,7 +61,7 @@ def open_flow(folder: Path, molecule: Prepared, potential: Potential, *, fitted_
         network, physics = load_transferable(path)
         physics.check(Physics.of(molecule, physics.temperature_K), path=path)
         kT = thermal_energy(physics.temperature_K)
-        ready = BoundMolecule.of(molecule, potential, kT=kT, fitted_states=fitted_states)
+        ready = BoundMolecule.of(molecule, guide, kT=kT, fitted_states=fitted_states)
         return OpenFlow(bound=bind_all(network, ready), temperature_K=physics.temperature_K, files=manifest["files"])
     if is_cartesian(path):
         # its large matrix products are fastest on a GPU

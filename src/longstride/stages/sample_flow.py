@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -135,8 +136,11 @@ def _sample(
     used = min(threads, THREADS)
     torch.set_num_threads(used)
     molecule = load_prepared(folders["prepared"])
-    potential = target_potential(molecule, section.energies, compile=section.compile_energy, key=f"sample.{method}.energies")
-    flow = open_flow(folders["flow"], molecule, potential, fitted_states=section.fitted_states)
+    engine = partial(
+        target_potential, molecule, section.energies, compile=section.compile_energy, key=f"sample.{method}.energies"
+    )
+    potential, guide = engine(), engine(dtype=torch.float32)
+    flow = open_flow(folders["flow"], molecule, guide, fitted_states=section.fitted_states)
     kT = thermal_energy(flow.temperature_K)
     x, source = _starts(folders, flow, molecule, count=section.chains, seed=job_seed(seed, "starts"))
     chains = start_chains(boltzmann(potential, kT), checked_starts(flow.bound.contains, x))

@@ -14,7 +14,7 @@ from longstride.data.atomic import write_text
 from longstride.data.checkpoint import fingerprint, open_state
 from longstride.data.manifest import read_manifest, write_manifest
 from longstride.data.shards import load_pairs
-from longstride.errors import DataError, LongstrideError
+from longstride.errors import DataError
 from longstride.fingerprints import code_version
 from longstride.flows.cartesian import PRESETS, CartesianFlow
 from longstride.flows.cartesian_checkpoint import save_cartesian
@@ -25,6 +25,7 @@ from longstride.seeds import job_seed
 from longstride.state import State
 from longstride.systems import load_prepared
 from longstride.training.cartesian import AcceptanceLoss, MoleculePairs, RelativeStep, train, validation_nll
+from longstride.training.device import training_device
 from longstride.training.module_state import ModuleState
 from longstride.training.schedule import early_end_note
 from longstride.units import thermal_energy
@@ -62,7 +63,8 @@ def run(section: FlowConfig, *, prepared: Path, shards: Path, out: Path, state: 
         for split in ("train", "validation")
     )
     held_out = _spread(held_out, HELD_OUT)
-    flow = build_flow(settings, lag_ps=source["lags_ps"][0], seed=seed).to(training_device(settings))
+    device = training_device(settings.device, key="flow.cartesian.device")
+    flow = build_flow(settings, lag_ps=source["lags_ps"][0], seed=seed).to(device)
     potential = AmberPotential.from_openmm(molecule.openmm_system, molecule.system, name=molecule.target)
     kT, draws = thermal_energy(source["temperature_K"]), job_seed(seed, "held-out")
 
@@ -89,26 +91,11 @@ def run(section: FlowConfig, *, prepared: Path, shards: Path, out: Path, state: 
 def _fine_tuning(settings: CartesianConfig, molecule: Prepared, kT: float) -> AcceptanceLoss | None:
     if settings.acceptance_weight == 0:
         return None
-    device = training_device(settings)
+    device = training_device(settings.device, key="flow.cartesian.device")
     potential = AmberPotential.from_openmm(
         molecule.openmm_system, molecule.system, name=molecule.target, dtype=torch.float32, device=device
     )
     return AcceptanceLoss(potential=potential, kT=kT, size=settings.acceptance_batch, entropy_weight=settings.entropy_weight)
-
-
-def training_device(settings: CartesianConfig) -> torch.device:
-    """Return the device the settings ask for.
-
-    Raises:
-        LongstrideError: a GPU is asked for and there is none.
-    """
-    if settings.device == "cuda" and not torch.cuda.is_available():
-        raise LongstrideError(
-            "flow.cartesian.device is cuda, but PyTorch sees no GPU; set it to cpu or auto, or use another node"
-        )
-    if settings.device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(settings.device)
 
 
 def build_flow(settings: CartesianConfig, *, lag_ps: float, seed: int) -> CartesianFlow:

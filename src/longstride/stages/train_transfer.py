@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -9,11 +12,11 @@ import pandas as pd
 import torch
 
 from longstride.data.atomic import read_arrays, write_text
-from longstride.data.checkpoint import fingerprint, open_state
+from longstride.data.checkpoint import StateFolder, fingerprint, open_state
 from longstride.data.frames import read_trajectories
 from longstride.data.manifest import read_manifest, write_manifest
 from longstride.data.shards import lag_in_frames
-from longstride.errors import DataError
+from longstride.errors import ConfigError, DataError
 from longstride.fingerprints import code_version
 from longstride.flows.torsion_network import TorsionArchitecture, TorsionNetwork, log_uniform
 from longstride.flows.transferable import BoundMolecule
@@ -24,12 +27,14 @@ from longstride.provenance import provenance
 from longstride.seeds import job_seed
 from longstride.state import State
 from longstride.systems import load_prepared
+from longstride.training.device import training_device
 from longstride.training.module_state import ModuleState
+from longstride.training.ranks import ALONE, Ranks, joined
 from longstride.training.transfer import Dynamics, MoleculeSamples, Probe, free_torsions, train, validation_loss
 from longstride.units import thermal_energy
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
     from pathlib import Path
 
     from longstride.config import TransferConfig
@@ -37,6 +42,7 @@ if TYPE_CHECKING:
 
 THREADS = 1  # batches are small, and the order of sums must not depend on the machine's load
 HELD_OUT_SAMPLES = 512
+_KEY = "transfer.device"
 
 # folders of the prepare, of the chains and, where there are lags, of the reference stage
 Peptide = tuple["Path", "Path"] | tuple["Path", "Path", "Path"]
@@ -51,8 +57,11 @@ def run(
     state: Path,
     seed: int,
     threads: int,
+    ranks: Ranks = ALONE,
 ) -> None:
     """Write `model.safetensors`, `metrics.csv` and the manifest; continue from `state` where an earlier attempt stopped.
+
+    Of several processes the first one evaluates and writes; it does so on the CPU, wherever the network is trained.
 
     Args:
         section: sizes, rates and limits.
@@ -62,43 +71,116 @@ def run(
         out: folder to write.
         state: folder for checkpoints.
         seed: of the job.
-        threads: cores granted.
+        threads: cores granted to this process.
+        ranks: this process among those that train together.
 
     Raises:
         DataError: no peptides; chains or dynamics that do not belong to their peptide; different potentials or
-            temperatures; a lag that does not fit the dynamics, or lags without dynamics.
+            temperatures; a lag that does not fit the dynamics, or lags without dynamics; a checkpoint of another number
+            of processes.
+        LongstrideError: a GPU is asked for and there is none, or another process ended.
         NumericsError: training diverged.
     """
+    _check_count(section, ranks)
     torch.set_num_threads(min(threads, THREADS))
-    if not training:
-        raise DataError("no training peptides: give folders of chains")
-    loaded = [_load(section, *peptide) for peptide in (*training, *validation)]
-    physics, molecules = _one_physics(loaded), [molecule for molecule, _, _ in loaded]
-    kept, held_out = molecules[: len(training)], molecules[len(training) :]
-    probes = [_probe(section, *peptide[:2], physics) for peptide in validation] if section.acceptance_frames else []
-    if shared := {m.name for m in kept} & {m.name for m in held_out}:
-        raise DataError(
-            f"{', '.join(sorted(shared))}: both a training and a held-out peptide; a test of transfer needs them apart"
-        )
-    trainer = _untrained(section, seed)
-    draws = job_seed(seed, "held-out")
-
-    def evaluate(network: TorsionNetwork) -> dict[str, float]:
-        return _metrics(network, held_out, probes, seed=draws)
-
-    key = fingerprint(section.model_dump(), [files for _, _, files in loaded], seed, code_version("train_transfer"))
-    with open_state(state, key) as folder:
-        train(trainer, kept, section, evaluate=evaluate, folder=folder)
+    kept, held_out, physics, files = _load_all(section, training, validation)
+    trainer = _untrained(section, seed, ranks)
+    kept = [molecule.on(trainer.module.start.device) for molecule in kept]
+    probed = validation if section.acceptance_frames and ranks.first else ()
+    probes = [_probe(section, *peptide[:2], physics) for peptide in probed]
+    unseen = HeldOut(molecules=held_out, probes=probes, seed=job_seed(seed, "held-out"))
+    # a checkpoint continues on any device; that of another number of processes is refused, which keeps the work in it
+    settings = section.model_dump(exclude={"device", "processes"})
+    key = fingerprint(settings, files, seed, code_version("train_transfer"))
+    with open_state(state, key) if ranks.first else contextlib.nullcontext(StateFolder(state)) as folder:
+        train(trainer, kept, section, evaluate=unseen.metrics, folder=folder)
+        if not ranks.first:
+            return
+        network = _on_cpu(trainer.module)
         content: dict[str, Any] = {
             "physics": vars(physics),
             "training": [m.name for m in kept],
-            **_by_peptide(trainer.module, held_out, probes, seed=draws),
+            **unseen.by_peptide(network),
             "samples": sum(len(m.torsions) for m in kept),
             "steps": trainer.step,
             "train_wall_s": trainer.wall_s,
+            "processes": ranks.count,
+            "device": str(trainer.module.start.device),
         }
-        _write(out, trainer.module, physics, trainer.rows, content)
+        _write(out, network, physics, trainer.rows, content)
         folder.clear()
+
+
+@contextlib.contextmanager
+def together(section: TransferConfig) -> Iterator[Ranks]:
+    """Yield this process among those that `torchrun` started to train together, `ALONE` where it started none.
+
+    Raises:
+        ConfigError: there are to be several processes, and nothing says where the others are.
+        LongstrideError: a GPU is asked for and there is none for this process.
+    """
+    with joined(cuda=training_device(section.device, key=_KEY).type == "cuda") as ranks:
+        device = training_device(section.device, key=_KEY, index=ranks.local)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # what nccl uses
+        yield ranks
+
+
+def _check_count(section: TransferConfig, ranks: Ranks) -> None:
+    if section.processes != ranks.count:
+        raise ConfigError(
+            f"transfer.processes is {section.processes}, but {ranks.count} started: use torchrun --standalone"
+            f" --nproc-per-node {section.processes} -m longstride.cli train-transfer ..."
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeldOut:
+    """Peptides that no step sees, measured with the same random numbers at every call, on the CPU.
+
+    Attributes:
+        molecules: for the likelihood.
+        probes: for the acceptance.
+        seed: of the random numbers.
+    """
+
+    molecules: Sequence[MoleculeSamples]
+    probes: Sequence[Probe]
+    seed: int
+
+    def metrics(self, network: TorsionNetwork) -> dict[str, float]:
+        """Return one row of metrics.csv: the loss and the acceptance of every label, over the peptides."""
+        network = _on_cpu(network)
+        found: dict[str, float] = {}
+        for label, end in _columns(network).items() if self.molecules else ():
+            found[f"validation_nll_per_torsion{end}"] = float(np.mean(list(self._losses(network, label).values())))
+            if self.probes:
+                quality = np.array(list(self._qualities(network, label).values()))
+                found[f"validation_acceptance{end}"] = float(np.median(quality[:, 0]))
+                found[f"validation_least_acceptance{end}"] = float(quality[:, 0].min())
+                found[f"validation_log_r_sd{end}"] = float(np.median(quality[:, 1]))
+        return found
+
+    def by_peptide(self, network: TorsionNetwork) -> dict[str, dict[str, float]]:
+        """Return the loss and the acceptance of every label and peptide, for the manifest."""
+        network = _on_cpu(network)
+        found: dict[str, dict[str, float]] = {}
+        for label, end in _columns(network).items():
+            found[f"validation_nll_per_torsion{end}"] = self._losses(network, label)
+            qualities = self._qualities(network, label)
+            found[f"validation_acceptance{end}"] = {name: acceptance for name, (acceptance, _) in qualities.items()}
+        return found
+
+    def _losses(self, network: TorsionNetwork, label: int) -> dict[str, float]:
+        return validation_loss(network, self.molecules, label=label, count=HELD_OUT_SAMPLES, seed=self.seed)
+
+    def _qualities(self, network: TorsionNetwork, label: int) -> dict[str, tuple[float, float]]:
+        return {probe.name: probe.measure(network, label=label, seed=self.seed) for probe in self.probes}
+
+
+def _on_cpu(network: TorsionNetwork) -> TorsionNetwork:
+    """Return the network, or a copy where it is elsewhere; chains, force fields and generators live on the CPU."""
+    return network if network.start.device.type == "cpu" else copy.deepcopy(network).cpu()
 
 
 def _columns(network: TorsionNetwork) -> dict[int, str]:
@@ -107,32 +189,20 @@ def _columns(network: TorsionNetwork) -> dict[int, str]:
     return {len(lags): "", **{label: f"_{name.replace(' ', '_')}" for label, name in enumerate(lags)}}
 
 
-def _metrics(
-    network: TorsionNetwork, held_out: Sequence[MoleculeSamples], probes: Sequence[Probe], *, seed: int
-) -> dict[str, float]:
-    """Return the loss and the acceptance of every label, over the held-out peptides."""
-    found: dict[str, float] = {}
-    for label, end in _columns(network).items() if held_out else ():
-        losses = validation_loss(network, held_out, label=label, count=HELD_OUT_SAMPLES, seed=seed)
-        found[f"validation_nll_per_torsion{end}"] = float(np.mean(list(losses.values())))
-        if probes:
-            quality = np.array([probe.measure(network, label=label, seed=seed) for probe in probes])
-            found[f"validation_acceptance{end}"] = float(np.median(quality[:, 0]))
-            found[f"validation_least_acceptance{end}"] = float(quality[:, 0].min())
-            found[f"validation_log_r_sd{end}"] = float(np.median(quality[:, 1]))
-    return found
-
-
-def _by_peptide(
-    network: TorsionNetwork, held_out: Sequence[MoleculeSamples], probes: Sequence[Probe], *, seed: int
-) -> dict[str, dict[str, float]]:
-    """Return the loss and the acceptance of every label and held-out peptide, for the manifest."""
-    found = {}
-    for label, end in _columns(network).items():
-        losses = validation_loss(network, held_out, label=label, count=HELD_OUT_SAMPLES, seed=seed)
-        found[f"validation_nll_per_torsion{end}"] = losses
-        found[f"validation_acceptance{end}"] = {p.name: p.measure(network, label=label, seed=seed)[0] for p in probes}
-    return found
+def _load_all(
+    section: TransferConfig, training: Sequence[Peptide], validation: Sequence[Peptide]
+) -> tuple[list[MoleculeSamples], list[MoleculeSamples], Physics, list[dict[str, Any]]]:
+    """Return the samples of the training and of the held-out peptides, their physics, and the checksums of all files read."""
+    if not training:
+        raise DataError("no training peptides: give folders of chains")
+    loaded = [_load(section, *peptide) for peptide in (*training, *validation)]
+    physics, molecules = _one_physics(loaded), [molecule for molecule, _, _ in loaded]
+    kept, held_out = molecules[: len(training)], molecules[len(training) :]
+    if shared := {m.name for m in kept} & {m.name for m in held_out}:
+        raise DataError(
+            f"{', '.join(sorted(shared))}: both a training and a held-out peptide; a test of transfer needs them apart"
+        )
+    return kept, held_out, physics, [files for _, _, files in loaded]
 
 
 def _load(
@@ -197,13 +267,16 @@ def _one_physics(loaded: Sequence[tuple[MoleculeSamples, Physics, dict[str, Any]
     return found.pop()
 
 
-def _untrained(section: TransferConfig, seed: int) -> ModuleState[TorsionNetwork]:
+def _untrained(section: TransferConfig, seed: int, ranks: Ranks) -> ModuleState[TorsionNetwork]:
+    device = training_device(section.device, key=_KEY, index=ranks.local)
     return ModuleState.fresh(
-        _network(section, job_seed(seed, "weights")),
+        _network(section, job_seed(seed, "weights")).to(device),
         learning_rate=section.learning_rate,
         weight_decay=section.weight_decay,
         rate_key="transfer.learning_rate",
-        seed=job_seed(seed, "training"),
+        # every process draws its own batches; the first one as if it were alone
+        seed=job_seed(seed, "training", *([] if ranks.first else [ranks.rank])),
+        ranks=ranks,
     )
 
 

@@ -9,15 +9,17 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
-from longstride.errors import NumericsError
+from longstride.errors import DataError, NumericsError
+from longstride.training.ranks import ALONE, Ranks
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
     from longstride.data.checkpoint import StateFolder
 
 Module = TypeVar("Module", bound=nn.Module)
 
+_GENERATOR = "generator"
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
 
@@ -30,7 +32,8 @@ class ModuleState(Generic[Module]):
         optimizer: AdamW over all of its parameters.
         rate_key: configuration key of the learning rate, for messages.
         average: exponential moving average of the weights, by parameter name.
-        generator: the only random stream of training; on the CPU, so that a checkpoint continues on any device.
+        generator: the only random stream of training in this process; on the CPU, so that a checkpoint continues on any device.
+        ranks: this process among those that train together; all of them make the same steps.
         step: optimiser steps done.
         wall_s: seconds spent, summed over attempts.
         cooldown_from: the step at which a time limit began to end training early; None where it did not.
@@ -42,6 +45,7 @@ class ModuleState(Generic[Module]):
     rate_key: str
     average: dict[str, Tensor]
     generator: torch.Generator
+    ranks: Ranks = ALONE
     step: int = 0
     wall_s: float = 0.0
     cooldown_from: int | None = None
@@ -49,34 +53,54 @@ class ModuleState(Generic[Module]):
 
     @classmethod
     def fresh(
-        cls, module: Module, *, learning_rate: float, weight_decay: float, rate_key: str, seed: int
+        cls,
+        module: Module,
+        *,
+        learning_rate: float,
+        weight_decay: float,
+        rate_key: str,
+        seed: int,
+        ranks: Ranks = ALONE,
     ) -> ModuleState[Module]:
-        """Return the state of step 0."""
+        """Return the state of step 0; the weights are the same in all `ranks`, the seeds are not."""
         optimizer = torch.optim.AdamW(module.parameters(), lr=learning_rate, weight_decay=weight_decay)
         average = {name: value.detach().clone() for name, value in module.named_parameters()}
         generator = torch.Generator().manual_seed(seed)
-        return cls(module=module, optimizer=optimizer, rate_key=rate_key, average=average, generator=generator)
+        return cls(module=module, optimizer=optimizer, rate_key=rate_key, average=average, generator=generator, ranks=ranks)
 
     def save(self, folder: StateFolder) -> None:
-        """Write a checkpoint from which `load` continues bit for bit."""
+        """Write a checkpoint from which `load` continues bit for bit, with the generators of all ranks."""
+        generators = self.ranks.gather(self.generator.get_state().numpy())
+        if not self.ranks.first:
+            return
         arrays = {f"average.{name}": value.cpu().numpy() for name, value in self.average.items()}
         for name, value in self.module.named_parameters():
             arrays[f"weight.{name}"] = value.detach().cpu().numpy()
             for key, moment in self.optimizer.state.get(value, {}).items():
                 arrays[f"adam.{key}.{name}"] = moment.cpu().numpy().reshape(-1)
-        arrays["generator"] = self.generator.get_state().numpy()
+        arrays |= {_generator_of(rank): value for rank, value in enumerate(generators)}
         folder.save(self.step, arrays, {"wall_s": self.wall_s, "cooldown_from": self.cooldown_from, "rows": self.rows})
 
     @torch.no_grad()
     def load(self, folder: StateFolder) -> None:
-        """Continue from the newest checkpoint, if there is one."""
-        saved = folder.latest()
+        """Continue from the newest checkpoint, if there is one.
+
+        Raises:
+            DataError: another number of processes wrote it; their random streams would not continue.
+        """
+        saved = self.ranks.share(folder.latest() if self.ranks.first else None)
         if saved is None:
             return
+        count = sum(name.startswith(_GENERATOR) for name in saved.arrays)
+        if count != self.ranks.count:
+            raise DataError(
+                f"{folder.path} was written by a training in {_processes(count)}, not {_processes(self.ranks.count)};"
+                " continue with as many, or delete it to start afresh"
+            )
         self.step, self.rows = saved.step, saved.meta["rows"]
         self.wall_s, self.cooldown_from = saved.meta["wall_s"], saved.meta["cooldown_from"]
         tensors = {name: torch.from_numpy(value.copy()) for name, value in saved.arrays.items()}
-        self.generator.set_state(tensors["generator"])
+        self.generator.set_state(tensors[_generator_of(self.ranks.rank)])
         for name, value in self.module.named_parameters():
             # files hold single numbers as arrays of one
             value.copy_(tensors[f"weight.{name}"].view(value.shape))
@@ -88,16 +112,35 @@ class ModuleState(Generic[Module]):
                 key: moment if key == "step" else moment.to(value.device) for key, moment in moments.items()
             }
 
-    @torch.no_grad()
     def update(self, loss: Tensor, *, rate: float, decay: float, max_gradient: float) -> None:
-        """One optimiser step along the clipped gradient of `loss`, and one step of the moving average.
+        """As `update_from`, along the gradient of a single loss."""
+        self.update_from([loss], rate=rate, decay=decay, max_gradient=max_gradient)
+
+    @torch.no_grad()
+    def update_from(self, losses: Iterable[Tensor], *, rate: float, decay: float, max_gradient: float) -> Tensor:
+        """One optimiser step along the clipped mean gradient of `losses` in all ranks, and one of the moving average.
+
+        Args:
+            losses: [] each; drawn one after another, so that of an iterator only one graph is in memory at a time.
+            rate: learning rate of the step.
+            decay: of the moving average.
+            max_gradient: norm to which the gradient is clipped.
+
+        Returns:
+            The mean loss, [].
 
         Raises:
             NumericsError: the gradient is not finite.
+            LongstrideError: another rank ended.
         """
         self.optimizer.zero_grad()
         with torch.enable_grad():
-            loss.backward()
+            found = [_differentiated(loss) for loss in losses]
+        parameters = list(self.module.parameters())
+        if len(found) > 1:
+            for gradient in (value.grad for value in parameters if value.grad is not None):
+                gradient.div_(len(found))
+        loss = self.ranks.average_gradients(parameters, torch.stack(found).mean() if len(found) > 1 else found[0])
         norm = nn.utils.clip_grad_norm_(self.module.parameters(), max_gradient)
         if not bool(norm.isfinite()):
             raise NumericsError(f"training diverged at step {self.step}; lower {self.rate_key}")
@@ -109,6 +152,7 @@ class ModuleState(Generic[Module]):
         for name, value in self.module.named_parameters():
             self.average[name].lerp_(value, weight)
         self.step += 1
+        return loss
 
     @contextlib.contextmanager
     def averaged(self) -> Iterator[Module]:
@@ -123,6 +167,19 @@ class ModuleState(Generic[Module]):
     def adopt_average(self) -> None:
         """Put the averaged weights into the module."""
         _copy(self.module, self.average)
+
+
+def _differentiated(loss: Tensor) -> Tensor:
+    loss.backward()
+    return loss.detach()
+
+
+def _generator_of(rank: int) -> str:
+    return f"{_GENERATOR}.{rank}" if rank else _GENERATOR
+
+
+def _processes(count: int) -> str:
+    return f"{count} processes" if count > 1 else "one process"
 
 
 @torch.no_grad()

@@ -6,12 +6,15 @@ A batch holds the same number of samples from each of a few random molecules, so
 samples of a molecule are positions of an exact chain at equilibrium; they train the independent label, which does not see x.
 Where the network has labels of time lags, the other samples are pairs (x(t), x(t + tau)) from molecular dynamics, used in both
 directions of time. Held-out molecules, whose sequences no step sees, give the validation loss.
+
+A step follows the mean gradient of `accumulate` batches in each of the processes that train together; memory is that of one
+batch. Samples are drawn on the CPU, from a random stream of every process, and move to the network's device.
 """
 
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -25,7 +28,7 @@ from longstride.progress import Progress
 from longstride.training.schedule import RateSchedule
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     import numpy as np
     from torch import Tensor
@@ -108,6 +111,10 @@ class MoleculeSamples:
     torsions: Tensor
     dynamics: Dynamics | None = None
 
+    def on(self, device: torch.device) -> MoleculeSamples:
+        """Return the same with features on a device; samples and dynamics stay where they are until they are drawn."""
+        return replace(self, features=self.features.to(device=device))
+
     @classmethod
     def of(cls, prepared: Prepared, positions: np.ndarray, *, kT: float, dynamics: Dynamics | None = None) -> MoleculeSamples:
         """Return the samples of positions [sample, atom, 3] nm.
@@ -175,7 +182,7 @@ def negative_log_likelihood(
         x, y, labels = molecule.draw(count, generator, label=label)
         padding = (0, longest - molecule.torsions.shape[1])
         drawn.append((torch.nn.functional.pad(x, padding), torch.nn.functional.pad(y, padding), labels))
-    t_x, t_y, chosen = (torch.cat(part) for part in zip(*drawn, strict=True))
+    t_x, t_y, chosen = (torch.cat(part).to(tokens.tokens.device) for part in zip(*drawn, strict=True))
     log_q = network.log_prob(tokens, t_y, network.context(tokens, t_x, chosen))
     return -(log_q / tokens.present.sum(1)).view(len(molecules), count)
 
@@ -226,12 +233,14 @@ def train(
 
     Args:
         state: where training stands; continues from the newest checkpoint in `folder`.
-        molecules: the training molecules.
+        molecules: the training molecules, their features on the network's device; the same in all ranks.
         section: sizes and rates.
-        evaluate: metrics of a network with averaged weights, called every `section.metrics_every_steps`.
+        evaluate: metrics of a network with averaged weights, called every `section.metrics_every_steps` in the first rank.
         folder: where checkpoints go.
 
     Raises:
+        DataError: another number of processes wrote the checkpoint.
+        LongstrideError: another rank ended.
         NumericsError: training diverged.
     """
     network = state.module
@@ -241,17 +250,29 @@ def train(
     progress = Progress("transferable flow", section.max_steps, "steps", start=state.step)
     begin = time.monotonic() - state.wall_s
     while state.step < schedule.last_step(state):
-        chosen = torch.randperm(len(molecules), generator=state.generator)[: section.molecules_per_step].tolist()
-        batch = [molecules[index] for index in chosen]
-        loss = negative_log_likelihood(network, batch, section.samples_per_molecule, state.generator).mean()
-        state.update(loss, rate=schedule.rate(state), decay=section.ema_decay, max_gradient=_MAX_GRADIENT)
+        losses = _losses(network, molecules, section, state.generator)
+        loss = state.update_from(losses, rate=schedule.rate(state), decay=section.ema_decay, max_gradient=_MAX_GRADIENT)
         schedule.count(state, time.monotonic() - begin)
         last = state.step == schedule.last_step(state)
-        if evaluate is not None and (last or state.step % section.metrics_every_steps == 0):
+        if evaluate is not None and state.ranks.first and (last or state.step % section.metrics_every_steps == 0):
             with state.averaged():
                 row = {"step": float(state.step), "wall_s": state.wall_s, "train_nll_per_torsion": loss.item()}
                 state.rows.append(row | evaluate(network))
         if folder is not None and not last and state.step % section.checkpoint_every_steps == 0:
             state.save(folder)
-        progress.update(state.step, f"loss {loss.item():.3f} nat per torsion")
+        if state.ranks.first:
+            progress.update(state.step, f"loss {loss.item():.3f} nat per torsion")
     state.adopt_average()
+
+
+def _losses(
+    network: TorsionNetwork, molecules: Sequence[MoleculeSamples], section: TransferConfig, generator: torch.Generator
+) -> Iterator[Tensor]:
+    """Yield the losses [] of the batches of one step, each drawn when it is asked for."""
+    low, device = section.precision == "bfloat16", network.start.device.type
+    for _ in range(section.accumulate):
+        chosen = torch.randperm(len(molecules), generator=generator)[: section.molecules_per_step].tolist()
+        batch = [molecules[index] for index in chosen]
+        with torch.autocast(device, dtype=torch.bfloat16, enabled=low):
+            losses = negative_log_likelihood(network, batch, section.samples_per_molecule, generator)
+        yield losses.mean()
