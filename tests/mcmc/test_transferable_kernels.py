@@ -75,7 +75,8 @@ def test_labels_mixed_with_torsion_moves_are_exact(batch):
 
 
 def test_chains_of_a_flow_with_a_lag_are_exact():
-    kernel = peptide_kernel(molecule(), network(), flow_probability=0.6, kT=KT)
+    log_density = boltzmann(molecule().gaussian.target.potential, KT)
+    kernel = peptide_kernel(molecule(), network(), log_density, flow_probability=0.6)
     assert set(kernel.labels) == {"1 ps", "independent", MOVES}
     found, accepted = deviations(kernel)
     assert accepted > 0.1

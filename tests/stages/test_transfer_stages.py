@@ -293,7 +293,7 @@ def test_a_transferable_flow_samples_without_a_reference(method, folders, traine
 
 def torchrun(peptides, place, *, kill_after=None):
     """Train in two processes in the folder `place`; kill -9 what started them once there are checkpoints. Return the model."""
-    settings = {**LAGS.model_dump(mode="json"), "max_steps": 400, "metrics_every_steps": 200, "acceptance_frames": 0}
+    settings = {**LAGS.model_dump(mode="json"), "max_steps": 120, "metrics_every_steps": 60, "acceptance_frames": 0}
     place.mkdir(exist_ok=True)
     (place / "config.yaml").write_text(yaml.safe_dump({"transfer": {**settings, "device": "cpu"}}))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "longstride.cli"]
@@ -322,11 +322,11 @@ def test_two_processes_that_are_killed_continue_with_the_same_weights(peptides, 
     one, two = (read_arrays(folder / "model.safetensors")[0] for folder in (whole, out))
     assert all(np.array_equal(value, two[name]) for name, value in one.items())
     manifest = read_manifest(out, kind="transferable")
-    assert (manifest["processes"], manifest["device"], manifest["steps"]) == (2, "cpu", 400)
+    assert (manifest["processes"], manifest["device"], manifest["steps"]) == (2, "cpu", 120)
     assert len((whole / "metrics.csv").read_text().splitlines()) == 3
     log = (tmp_path / "whole" / "log.txt").read_text()
     assert log.count("train-transfer: 2 peptides") == 1
-    assert log.count("100% 400/400") == 1
+    assert log.count("100% 120/120") == 1
 
 
 def test_more_processes_than_were_started_are_one_line(folders, tmp_path, monkeypatch, capsys):

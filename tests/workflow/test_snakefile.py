@@ -53,7 +53,7 @@ OWN_CONFIGS = {
     "lags": "run: {name: lags}\nsystems: [{name: AV, sequence: AV}]\nsample: {methods: [md, timewarp]}\n"
     "reference: {engine: batched}\ntransfer: {train: [AA, GA], validation: [AG], rounds: 2, lags_ps: [10, 100]}\n",
     "two-processes": (
-        "systems: [{name: AV, sequence: AV}]\nsample: {methods: [md, timewarp]}\n"
+        "run: {name: two}\nsystems: [{name: AV, sequence: AV}]\nsample: {methods: [md, timewarp]}\n"
         "transfer: {train: [GA], validation: [AG], processes: 2, lags_ps: [10]}\n"
     ),
 }
@@ -145,7 +145,7 @@ def test_training_in_several_processes_is_started_by_torchrun(cases):
     assert options.threads == 2
     stages = ("prepare", "chains/round0", "reference")
     for name, folders in (("GA", options.training), ("AG", options.held_out)):
-        assert folders == [":".join(f"results/smoke/{stage}/{name}" for stage in stages)]
+        assert folders == [":".join(f"results/two/{stage}/{name}" for stage in stages)]
 
 
 def test_slurm_profile_plans_without_slurm(cases):

@@ -96,18 +96,17 @@ def run(
         train(trainer, kept, section, evaluate=unseen.metrics, folder=folder)
         if not ranks.first:
             return
-        network = _on_cpu(trainer.module)
         content: dict[str, Any] = {
             "physics": vars(physics),
             "training": [m.name for m in kept],
-            **unseen.by_peptide(network),
+            **unseen.by_peptide(trainer.module),
             "samples": sum(len(m.torsions) for m in kept),
             "steps": trainer.step,
             "train_wall_s": trainer.wall_s,
             "processes": ranks.count,
             "device": str(trainer.module.start.device),
         }
-        _write(out, network, physics, trainer.rows, content)
+        _write(out, _on_cpu(trainer.module), physics, trainer.rows, content)
         folder.clear()
 
 
