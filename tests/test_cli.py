@@ -113,6 +113,12 @@ def test_prepare_refuses_missing_atoms_and_unknown_ligands(alanine_folder, tmp_p
     assert _nothing_left(out)
 
 
+@pytest.mark.parametrize("text", ["prepare/AV", "prepare/AV:", ":chains/AV", "prepare/AV:chains/AV:reference/AV:more"])
+def test_train_transfer_refuses_other_numbers_of_folders(text, tmp_path, capsys):
+    line = _one_error(capsys, "train-transfer", "--training", text, "--out", tmp_path / "out")
+    assert f"give PREPARED:CHAINS or PREPARED:CHAINS:REFERENCE, not {text!r}" in line
+
+
 def test_unknown_key_names_the_nearest(tmp_path, capsys):
     bad = tmp_path / "config.yaml"
     bad.write_text("reference:\n  lenght_ps: 4\n")

@@ -58,6 +58,8 @@ def test_dumped_configuration_writes_every_default_out():
         ({"systems": [{"name": "a"}]}, "exactly one of 'sequence' and 'file'"),
         ({"systems": [{**SYSTEM, "file": "a.pdb"}]}, "exactly one of 'sequence' and 'file'"),
         ({"systems": [SYSTEM, SYSTEM]}, "the name 'a' is used twice"),
+        ({"transfer": {"lags_ps": [10.0, 5.0, 10.0]}}, "transfer: lags_ps names 10 ps twice"),
+        ({"transfer": {"lags_ps": [-1.0]}}, "transfer.lags_ps.0"),
     ],
 )
 def test_a_mistake_is_one_line_that_names_the_key(values, message):
@@ -70,6 +72,17 @@ def test_a_mistake_is_one_line_that_names_the_key(values, message):
 def test_a_lag_longer_than_the_trajectories_is_refused():
     with pytest.raises(ConfigError, match=r"shard\.lags_ps.*is not shorter than reference\.length_ps"):
         validate({"reference": {"length_ps": 50.0}, "shard": {"lags_ps": [100.0]}})
+
+
+def test_lags_of_the_transferable_flow_fit_the_reference_of_its_peptides():
+    values = {"transfer": {"train": ["AA"], "lags_ps": [10.0, 400.0]}}
+    with pytest.raises(ConfigError, match=r"transfer\.lags_ps: 400 ps is not shorter than reference\.length_ps \(300 ps\)"):
+        validate(values)
+    values["transfer"]["lags_ps"] = [10.1]
+    with pytest.raises(ConfigError, match=r"transfer\.lags_ps must be a whole multiple of reference\.save_every_ps"):
+        validate(values)
+    values["transfer"]["train"] = []  # nothing is trained
+    assert validate(values).transfer.lags_ps == (10.1,)
 
 
 @pytest.mark.parametrize(

@@ -134,12 +134,16 @@ def _add_transfer(commands: Any) -> None:  # noqa: ANN401 - argparse keeps its s
         "--flow", type=Path, metavar="DIR", help="folder of train-transfer (default: none, torsion moves alone)"
     )
     transfer = _command(
-        commands, "train-transfer", _train_transfer, "exact chains of many peptides -> transferable flow", cfg.TransferConfig
+        commands,
+        "train-transfer",
+        _train_transfer,
+        "exact chains (and dynamics) of peptides -> transferable flow",
+        cfg.TransferConfig,
     )
     _folders(transfer, "out", "state")
-    pair = "prepare and chains folders, joined by a colon: PREPARED:CHAINS"
-    transfer.add_argument("--training", nargs="+", required=True, metavar="PAIR", help=f"training peptides: {pair}")
-    transfer.add_argument("--held-out", nargs="*", default=[], metavar="PAIR", help="held-out peptides, likewise")
+    folders = "prepare, chains and, for time lags, reference folders, joined by colons: PREPARED:CHAINS[:REFERENCE]"
+    transfer.add_argument("--training", nargs="+", required=True, metavar="FOLDERS", help=f"training peptides: {folders}")
+    transfer.add_argument("--held-out", nargs="*", default=[], metavar="FOLDERS", help="held-out peptides, likewise")
 
 
 def _add_sample(commands: Any) -> None:  # noqa: ANN401 - argparse keeps its subparser type private
@@ -381,20 +385,21 @@ def _train_transfer(options: argparse.Namespace) -> None:
     if (count := started_processes()) is not None:  # torchrun has the last word
         options.set_processes = str(count)
     config = _load(options, "transfer")
-    training, validation = ([_pair(text) for text in texts] for texts in (options.training, options.held_out))
+    training, validation = ([_peptide(text) for text in texts] for texts in (options.training, options.held_out))
     job = {"training": training, "validation": validation, **_folders_of(options), "threads": options.threads}
     view = {**cfg.stage_view(config, "transfer"), "held_out": len(validation)}
-    folders = [folder for pair in (*training, *validation) for folder in pair]
+    folders = [folder for peptide in (*training, *validation) for folder in peptide]
     with train_transfer.together(config.transfer) as ranks:
         work = partial(train_transfer.run, config.transfer, **job, seed=_seed(config, "transfer"), ranks=ranks)
         ranks.once(lambda make: _once(options, module="train_transfer", view=view, inputs=folders, make=make), work)
 
 
-def _pair(text: str) -> tuple[Path, Path]:
-    prepared, colon, chains = text.partition(":")
-    if not colon:
-        raise ConfigError(f"give PREPARED:CHAINS, not {text!r}")
-    return Path(prepared), Path(chains)
+def _peptide(text: str) -> tuple[Path, Path] | tuple[Path, Path, Path]:
+    prepared, _, others = text.partition(":")
+    chains, _, reference = others.partition(":")
+    if not (prepared and chains) or ":" in reference:
+        raise ConfigError(f"give PREPARED:CHAINS or PREPARED:CHAINS:REFERENCE, not {text!r}")
+    return (Path(prepared), Path(chains), Path(reference)) if reference else (Path(prepared), Path(chains))
 
 
 def _sample(options: argparse.Namespace) -> None:

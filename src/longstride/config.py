@@ -203,6 +203,12 @@ class TransferConfig(Section):
     rounds: int = Field(
         1, ge=1, description="chains and training in turn: the chains of each round propose with the flow before"
     )
+    lags_ps: tuple[Annotated[float, Field(gt=0)], ...] = Field(
+        (), description="time lags learned besides the independent label, from a reference of every peptide; none: no dynamics"
+    )
+    independent_fraction: float = Field(
+        0.5, gt=0, lt=1, description="fraction of a batch that trains the independent label, where there are lags"
+    )
     max_steps: int = Field(6000, ge=1, description="optimiser steps; the learning rate falls to zero at the last")
     molecules_per_step: int = Field(4, ge=1, description="peptides in a batch")
     samples_per_molecule: int = Field(64, ge=1, description="samples of each peptide in a batch")
@@ -229,6 +235,13 @@ class TransferConfig(Section):
     fitted_states: int = Field(100, ge=10, description=f"for that: {FITTED_STATES}")
     metrics_every_steps: int = Field(250, ge=1, description="optimiser steps between rows of metrics.csv")
     checkpoint_every_steps: int = Field(250, ge=1, description="optimiser steps between checkpoints")
+
+    @model_validator(mode="after")
+    def _different_lags(self) -> TransferConfig:
+        names = [f"{lag:g} ps" for lag in self.lags_ps]  # as the labels of the flow are called
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"lags_ps names {twice[0]} twice")
+        return self
 
 
 class DistillConfig(Section):
@@ -528,14 +541,15 @@ def validate(values: dict[str, Any], *, whole_run: bool = True) -> Config:
 
 def _check_lags(config: Config) -> None:
     reference = config.reference
-    for lag in config.shard.lags_ps:
+    used = {"shard.lags_ps": config.shard.lags_ps, "transfer.lags_ps": config.transfer.lags_ps if config.transfer.train else ()}
+    for key, lag in ((key, lag) for key, lags in used.items() for lag in lags):
         if lag >= reference.length_ps:
             raise ConfigError(
-                f"configuration: shard.lags_ps: {lag:g} ps is not shorter than reference.length_ps"
+                f"configuration: {key}: {lag:g} ps is not shorter than reference.length_ps"
                 f" ({reference.length_ps:g} ps); shorten the lag or lengthen the trajectories"
             )
         try:
-            _check_multiple(lag, reference.save_every_ps, "shard.lags_ps", "reference.save_every_ps")
+            _check_multiple(lag, reference.save_every_ps, key, "reference.save_every_ps")
         except ValueError as error:
             raise ConfigError(f"configuration: {error}") from None
 

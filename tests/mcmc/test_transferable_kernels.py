@@ -1,47 +1,26 @@
 """Kernels of the transferable flow on a molecule whose internal coordinates are independent: averages by quadrature."""
 
 import functools
-import math
 from dataclasses import replace
 
-import four_atom_chain
-import numpy as np
-import openmm
 import pytest
 import torch
-from four_atom_chain import ANGLE, ANGLE_WIDTH, BOND, BOND_WIDTH, KT, SYSTEM
-from openmm import app
 
+import four_atom_chain
+from four_atom_chain import KT
 from longstride.flows.torsion_network import TorsionArchitecture, TorsionNetwork
-from longstride.flows.transferable import BoundMolecule, TorsionMoves, TransferableProposal, bind
+from longstride.flows.transferable import BoundMolecule, TorsionMoves, TransferableProposal, bind, bind_all
 from longstride.mcmc.metropolis import boltzmann, metropolis, start_chains
 from longstride.mcmc.partial import partial_refresh
+from longstride.mcmc.timewarp import MOVES, timewarp
 from longstride.potentials.amber import AmberPotential
+from longstride.stages.chains import peptide_kernel
 from longstride.state import State
-from longstride.systems import Prepared
-
-
-def prepared():
-    """Return the chain with its potential as an OpenMM System."""
-    system = openmm.System()
-    bonds, angles, torsions = openmm.HarmonicBondForce(), openmm.HarmonicAngleForce(), openmm.PeriodicTorsionForce()
-    for _ in range(4):
-        system.addParticle(1.0)
-    for first in range(3):
-        bonds.addBond(first, first + 1, BOND, 1 / BOND_WIDTH**2)
-    for first in range(2):
-        angles.addAngle(first, first + 1, first + 2, ANGLE, 1 / ANGLE_WIDTH**2)
-    torsions.addTorsion(0, 1, 2, 3, 1, 0.0, 1.5)
-    torsions.addTorsion(0, 1, 2, 3, 2, math.pi / 2, 0.8)
-    for force in (bonds, angles, torsions):
-        system.addForce(force)
-    x = np.array([[0.0, 0.1, 0.0], [0, 0, 0], [0.1, 0, 0], [0.13, 0.06, 0.07]])
-    return Prepared(system=SYSTEM, openmm_system=system, topology=app.Topology(), positions=x, system_hash="", target="chain")
 
 
 @functools.cache
 def molecule():
-    chain = prepared()
+    chain = four_atom_chain.prepared()
     potential = AmberPotential.from_openmm(chain.openmm_system, chain.system, name="chain", dtype=torch.float64)
     found = BoundMolecule.of(chain, potential, kT=KT, fitted_states=30)
     # an imperfect density of the stiff coordinates: wrong centre, wrong widths
@@ -83,6 +62,27 @@ def test_flow_proposals_are_exact(label):
     assert max(map(abs, found.values())) < 5, found
 
 
+@pytest.mark.parametrize("batch", [1, 2])
+def test_labels_mixed_with_torsion_moves_are_exact(batch):
+    potential = molecule().gaussian.target.potential
+    options = {"kT": KT, "independent_probability": 0.3, "moves_probability": 0.3, "batch": batch}
+    kernel = timewarp(bind_all(network(), molecule()), potential, **options)
+    assert set(kernel.labels) == {"1 ps", "independent", MOVES}
+    assert kernel.invariance == "exact"
+    found, accepted = deviations(kernel)
+    assert accepted > 0.1
+    assert max(map(abs, found.values())) < 5, found
+
+
+def test_chains_of_a_flow_with_a_lag_are_exact():
+    log_density = boltzmann(molecule().gaussian.target.potential, KT)
+    kernel = peptide_kernel(molecule(), network(), log_density, flow_probability=0.6)
+    assert set(kernel.labels) == {"1 ps", "independent", MOVES}
+    found, accepted = deviations(kernel)
+    assert accepted > 0.1
+    assert max(map(abs, found.values())) < 5, found
+
+
 def test_torsion_moves_are_exact():
     found, accepted = deviations(moves_kernel())
     assert accepted > 0.1
@@ -114,6 +114,14 @@ class NoReverse(TransferableProposal):
         return y, forward, torch.zeros_like(backward)
 
 
+class ReverseOfAnotherLabel(TransferableProposal):
+    """log q(x | y) of another label than the one that drew y."""
+
+    def propose(self, x, generator):
+        y, forward, _ = super().propose(x, generator)
+        return y, forward, replace(self, label=1 - self.label).log_prob(x, y)
+
+
 class MovesWithoutVolume(TorsionMoves):
     """The volume factor left out on both sides."""
 
@@ -140,10 +148,11 @@ def log_volume(x):
     [
         lambda: flow_kernel(1, NoVolume),
         lambda: flow_kernel(1, NoReverse),
+        lambda: flow_kernel(0, ReverseOfAnotherLabel),
         lambda: moves_kernel(MovesWithoutVolume),
         lambda: moves_kernel(MovesWithoutReference),
     ],
-    ids=["no volume", "no reverse", "moves without volume", "moves without reference"],
+    ids=["no volume", "no reverse", "reverse of another label", "moves without volume", "moves without reference"],
 )
 def test_broken_densities_are_detected(broken):
     found, _ = deviations(broken())

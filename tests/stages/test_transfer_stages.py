@@ -1,7 +1,9 @@
 """From exact chains of peptides to a transferable flow and to chains of a peptide that no step has seen."""
 
 import csv
+import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -14,7 +16,7 @@ import torch
 import yaml
 
 from longstride.cli import main
-from longstride.config import ChainsConfig, ExploreSampling, PhysicsConfig, TimewarpSampling, TransferConfig
+from longstride.config import ChainsConfig, ExploreSampling, PhysicsConfig, ReferenceConfig, TimewarpSampling, TransferConfig
 from longstride.data.atomic import read_arrays
 from longstride.data.manifest import read_manifest, write_manifest
 from longstride.errors import DataError, NumericsError
@@ -23,7 +25,7 @@ from longstride.flows.transferable import BoundMolecule
 from longstride.flows.transferable_checkpoint import load_transferable
 from longstride.mcmc import run as chain_loop
 from longstride.mcmc.timewarp import MOVES
-from longstride.stages import train_transfer
+from longstride.stages import reference, train_transfer
 from longstride.stages.chains import run_chains
 from longstride.stages.sample_flow import run_explore, run_timewarp
 from longstride.systems import prepare_sequence, save_prepared
@@ -35,6 +37,11 @@ TRANSFER = TransferConfig(
     metrics_every_steps=20, checkpoint_every_steps=20, warm_up_steps=5, learning_rate=0.01, ema_decay=0.9,
     acceptance_frames=32, fitted_states=20,
 )  # fmt: skip
+DYNAMICS = ReferenceConfig(
+    engine="batched", trajectories=6, length_ps=0.16, equilibration_ps=0, save_every_ps=0.02, checkpoint_every_ps=0.16,
+    compile_energy=False,
+)  # fmt: skip
+LAGS = TRANSFER.model_copy(update={"lags_ps": (0.04, 0.1)})
 PEPTIDES = ("ACE-GLY-NME", "GA", "AG")
 
 
@@ -70,6 +77,20 @@ def trained(folders):
     return train(folders, folders / "model")
 
 
+@pytest.fixture(scope="module")
+def peptides(folders):
+    """The three folders of each peptide, the last of them with short molecular dynamics."""
+    for name in PEPTIDES:
+        job = {"prepared": folders / name, "out": folders / f"reference-{name}", "state": folders / "reference.state"}
+        reference.run(DYNAMICS, physics=PhysicsConfig(), **job, seed=1, threads=1)
+    return [(folders / name, folders / f"chains-{name}", folders / f"reference-{name}") for name in PEPTIDES]
+
+
+@pytest.fixture(scope="module")
+def lagged(folders, peptides):
+    return train_on(peptides[:2], folders / "lagged" / "model", validation=peptides[2:], section=LAGS)
+
+
 def test_chains_hold_exact_samples_at_a_thermal_energy(folders):
     manifest = read_manifest(folders / "chains-AG", kind="samples")
     assert manifest["invariance"] == "exact"
@@ -99,6 +120,55 @@ def test_a_trained_flow_proposes_for_an_unseen_peptide(folders, trained):
     rates = read_manifest(out, kind="samples")["acceptance_by_label"]
     assert set(rates) == {MOVES, "independent"}
     assert rates["independent"] > 0
+
+
+def test_lags_are_learned_from_dynamics_and_measured_one_by_one(lagged, trained):
+    network, _ = load_transferable(lagged / "model.safetensors")
+    assert network.architecture.labels == ("0.04 ps", "0.1 ps", "independent")
+    rows = list(csv.DictReader((lagged / "metrics.csv").open()))
+    plain = next(csv.DictReader((trained / "metrics.csv").open()))
+    metrics = [name for name in plain if name.startswith("validation_")]
+    assert len(metrics) == 4
+    assert list(rows[0]) == [*plain, *(f"{name}_{lag}_ps" for lag in ("0.04", "0.1") for name in metrics)]
+    manifest = read_manifest(lagged, kind="transferable")
+    found = {end: manifest[f"validation_nll_per_torsion{end}"]["AG"] for end in ("", "_0.04_ps", "_0.1_ps")}
+    assert found["_0.04_ps"] < found[""] - 0.2  # what comes 0.04 ps later is close to x
+    for end, value in found.items():
+        assert 0 < manifest[f"validation_acceptance{end}"]["AG"] < 1
+        assert float(rows[-1][f"validation_nll_per_torsion{end}"]) == pytest.approx(value, abs=1e-6)
+
+
+def test_a_flow_with_lags_proposes_with_every_label(folders, lagged, tmp_path):
+    labels = {"0.04 ps", "0.1 ps", "independent"}
+    chains = make_chains(folders / "AG", tmp_path / "chains", flow=lagged)
+    assert set(read_manifest(chains, kind="samples")["acceptance_by_label"]) == {MOVES, *labels}
+    section = TimewarpSampling(
+        chains=8, proposals=16, save_every=4, burn_in=4, checkpoint_every=4, compile_energy=False, fitted_states=20
+    )
+    job = {"prepared": folders / "AG", "flow": lagged, "reference": None, "out": tmp_path / "out", "state": tmp_path / "state"}
+    run_timewarp(section, **job, seed=1, threads=1)
+    manifest = read_manifest(tmp_path / "out", kind="samples")
+    assert manifest["invariance"] == "exact"
+    assert labels <= set(manifest["acceptance_by_label"])
+
+
+def test_lags_that_do_not_fit_the_dynamics_are_one_line(folders, peptides, tmp_path):
+    def refused(message, *, lags=(0.04,), peptide=peptides[0]):
+        section = TRANSFER.model_copy(update={"lags_ps": lags})
+        with pytest.raises(DataError, match=message) as error:
+            train_on([peptide], tmp_path / "model", section=section)
+        assert "\n" not in str(error.value)
+
+    refused(r"transfer\.lags_ps: 0\.05 ps is not a whole multiple of .* 0\.02 ps \(reference\.save_every_ps\)", lags=(0.05,))
+    refused(r"transfer\.lags_ps: 0\.16 ps is not shorter .* \(0\.16 ps\).* \(reference\.length_ps\)", lags=(0.04, 0.16))
+    refused(r"transfer\.lags_ps: AG has no dynamics; .*PREPARED:CHAINS:REFERENCE", peptide=peptides[2][:2])
+    refused(r"transfer\.lags_ps is empty; give lags to learn from .*reference-GA", lags=(), peptide=peptides[1])
+    refused("reference-GA belongs to another molecule", peptide=(*peptides[2][:2], peptides[1][2]))
+    hot = tmp_path / "hot"
+    shutil.copytree(peptides[2][2], hot)
+    manifest = json.loads((hot / "manifest.json").read_text())
+    (hot / "manifest.json").write_text(json.dumps({**manifest, "temperature_K": 320.0}))
+    refused("hot is at 320 K, the chains are at 310 K", peptide=(*peptides[2][:2], hot))
 
 
 def test_starts_that_could_never_move_are_one_line(folders, tmp_path, monkeypatch):
@@ -142,9 +212,15 @@ def test_chains_continue_with_the_same_samples(folders, monkeypatch, tmp_path):
     assert not np.array_equal(whole["positions"], read_arrays(other / "samples.safetensors")[0]["positions"])
 
 
-def test_training_continues_with_the_same_weights(folders, trained, monkeypatch, tmp_path):
+@pytest.mark.parametrize("lags", [False, True], ids=["independent", "lags"])
+def test_training_continues_with_the_same_weights(lags, folders, request, monkeypatch, tmp_path):
     from longstride.training import module_state
 
+    whole = request.getfixturevalue("lagged" if lags else "trained")
+    peptides = (
+        request.getfixturevalue("peptides") if lags else [(folders / name, folders / f"chains-{name}") for name in PEPTIDES]
+    )
+    job = {"validation": peptides[2:], "section": LAGS if lags else TRANSFER}
     save, count = module_state.ModuleState.save, [0]
 
     def dying(self, folder):
@@ -155,9 +231,9 @@ def test_training_continues_with_the_same_weights(folders, trained, monkeypatch,
 
     monkeypatch.setattr(module_state.ModuleState, "save", dying)
     with pytest.raises(Kill):
-        train(folders, tmp_path / "model")
-    train(folders, tmp_path / "model")
-    one, two = (read_arrays(folder / "model.safetensors")[0] for folder in (trained, tmp_path / "model"))
+        train_on(peptides[:2], tmp_path / "model", **job)
+    train_on(peptides[:2], tmp_path / "model", **job)
+    one, two = (read_arrays(folder / "model.safetensors")[0] for folder in (whole, tmp_path / "model"))
     assert all(np.array_equal(value, two[name]) for name, value in one.items())
 
 
@@ -215,15 +291,15 @@ def test_a_transferable_flow_samples_without_a_reference(method, folders, traine
     assert read_arrays(tmp_path / "out" / "samples.safetensors")[0]["positions"].shape == (2, 8, 20, 3)
 
 
-def torchrun(base, place, *, kill_after=None):
+def torchrun(peptides, place, *, kill_after=None):
     """Train in two processes in the folder `place`; kill -9 what started them once there are checkpoints. Return the model."""
-    settings = {**TRANSFER.model_dump(mode="json"), "max_steps": 400, "metrics_every_steps": 200, "acceptance_frames": 0}
+    settings = {**LAGS.model_dump(mode="json"), "max_steps": 120, "metrics_every_steps": 60, "acceptance_frames": 0}
     place.mkdir(exist_ok=True)
     (place / "config.yaml").write_text(yaml.safe_dump({"transfer": {**settings, "device": "cpu"}}))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "longstride.cli"]
     command += ["train-transfer", "--config", str(place / "config.yaml"), "--out", str(place / "out"), "--threads", "2"]
-    command += ["--training", *(f"{base / name}:{base / f'chains-{name}'}" for name in PEPTIDES[:2])]
-    command += ["--held-out", f"{base / 'AG'}:{base / 'chains-AG'}"]
+    folders = [":".join(map(str, peptide)) for peptide in peptides]
+    command += ["--training", *folders[:2], "--held-out", *folders[2:]]
     source = Path(train_transfer.__file__).parents[2]
     with (place / "log.txt").open("w") as log:
         environment = {**os.environ, "PYTHONPATH": str(source)}
@@ -238,19 +314,19 @@ def torchrun(base, place, *, kill_after=None):
 
 
 @pytest.mark.slow
-def test_two_processes_that_are_killed_continue_with_the_same_weights(folders, tmp_path):
-    whole = torchrun(folders, tmp_path / "whole")
-    out = torchrun(folders, tmp_path / "killed", kill_after=2)
+def test_two_processes_that_are_killed_continue_with_the_same_weights(peptides, tmp_path):
+    whole = torchrun(peptides, tmp_path / "whole")
+    out = torchrun(peptides, tmp_path / "killed", kill_after=2)
     assert not (out / "manifest.json").exists()
-    assert torchrun(folders, tmp_path / "killed") == out
+    assert torchrun(peptides, tmp_path / "killed") == out
     one, two = (read_arrays(folder / "model.safetensors")[0] for folder in (whole, out))
     assert all(np.array_equal(value, two[name]) for name, value in one.items())
     manifest = read_manifest(out, kind="transferable")
-    assert (manifest["processes"], manifest["device"], manifest["steps"]) == (2, "cpu", 400)
+    assert (manifest["processes"], manifest["device"], manifest["steps"]) == (2, "cpu", 120)
     assert len((whole / "metrics.csv").read_text().splitlines()) == 3
     log = (tmp_path / "whole" / "log.txt").read_text()
     assert log.count("train-transfer: 2 peptides") == 1
-    assert log.count("100% 400/400") == 1
+    assert log.count("100% 120/120") == 1
 
 
 def test_more_processes_than_were_started_are_one_line(folders, tmp_path, monkeypatch, capsys):

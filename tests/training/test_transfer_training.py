@@ -3,7 +3,6 @@
 import multiprocessing
 import os
 import socket
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -21,9 +20,10 @@ from longstride.seeds import job_seed
 from longstride.training.device import training_device
 from longstride.training.module_state import ModuleState
 from longstride.training.ranks import ALONE, Ranks, joined
-from longstride.training.transfer import MoleculeSamples, negative_log_likelihood, train
+from longstride.training.transfer import Dynamics, MoleculeSamples, negative_log_likelihood, train
 
-SIZES = TorsionArchitecture(width=16, heads=2, layers=1, message_rounds=2, components=3)
+LAG = 3
+SIZES = TorsionArchitecture(lags_ps=(10.0,), width=16, heads=2, layers=1, message_rounds=2, components=3)
 SECTION = TransferConfig(
     max_steps=12, molecules_per_step=2, samples_per_molecule=8, warm_up_steps=2, learning_rate=1e-3, ema_decay=0.9,
     metrics_every_steps=4, checkpoint_every_steps=4,
@@ -32,7 +32,7 @@ SEED, RANKS = 7, 2
 
 
 def molecule(name, n_atoms, n_torsions, *, dtype=torch.float64):
-    """Return a molecule of random features, with torsions near zero."""
+    """Return a molecule of random features, with torsions near zero and dynamics of its own."""
     generator = torch.Generator().manual_seed(n_atoms)
 
     def random(*shape):
@@ -52,7 +52,9 @@ def molecule(name, n_atoms, n_torsions, *, dtype=torch.float64):
         symmetry=1.0 + (k % 3).double(),
         distances=(k[:, None] - k).abs().clamp(max=FARTHEST),
     )
-    return MoleculeSamples(name=name, features=features, torsions=0.3 * random(40, n_torsions))
+    trajectories = [(0.1 * random(20, n_torsions)).cumsum(0) for _ in range(2)]
+    dynamics = Dynamics.of(trajectories, lags=(LAG,), independent_fraction=0.5)
+    return MoleculeSamples(name=name, features=features, torsions=0.3 * random(40, n_torsions), dynamics=dynamics)
 
 
 def molecules(dtype=torch.float64):
@@ -179,7 +181,7 @@ class OnlyOn(TorchDispatchMode):
 def test_no_tensor_of_the_network_is_made_on_another_device():
     """The device "meta" computes shapes alone; what is made without naming a device would be on the CPU, as beside a GPU."""
     device = torch.device("meta")
-    there = TorsionNetwork(replace(SIZES, lags_ps=(10.0,))).to(device)
+    there = TorsionNetwork(SIZES).to(device)
     kept = [item.on(device) for item in molecules(torch.float32)]
     shape = (len(kept), max(item.torsions.shape[1] for item in kept))
     t, label = torch.zeros(shape, device=device), torch.zeros(len(kept), dtype=torch.int64, device=device)

@@ -56,6 +56,17 @@ def test_an_edit_changes_the_keys_of_its_own_jobs_and_the_report(edit, changed):
     assert {name for name in before if before[name] != after[name]} == changed | {"report"}
 
 
+def test_lags_train_the_transferable_flow_again_and_nothing_else():
+    def keys(**transfer):
+        run = runs.Run(config=validate({"transfer": {"train": ["AA"], **transfer}}))
+        made = {stage: run.job_key(stage, system="AA", round="0") for stage in ("prepare", "reference", "chains")}
+        return {**made, "transfer": run.job_key("transfer", round="0")}
+
+    plain, lags, less = keys(), keys(lags_ps=[10.0]), keys(lags_ps=[10.0], independent_fraction=0.3)
+    assert {name for name in plain if plain[name] != lags[name]} == {"transfer"}
+    assert {name for name in plain if less[name] != lags[name]} == {"transfer"}
+
+
 def test_job_keys_hold_the_code_of_their_stage():
     run = runs.Run(config=Config())
     assert run.job_key("shard", system="alanine-dipeptide").endswith("code of shard")

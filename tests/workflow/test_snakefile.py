@@ -50,9 +50,11 @@ for name, folder, arguments in json.load(sys.stdin):
 OWN_CONFIGS = {
     "md-only": "run: {name: md-only}\nsample: {methods: [md, tuned-md], seeds: 1}\n",
     "bad": "flow: {hiden: 3}\n",
+    "lags": "run: {name: lags}\nsystems: [{name: AV, sequence: AV}]\nsample: {methods: [md, timewarp]}\n"
+    "reference: {engine: batched}\ntransfer: {train: [AA, GA], validation: [AG], rounds: 2, lags_ps: [10, 100]}\n",
     "two-processes": (
-        "systems: [{name: AV, sequence: AV}]\nsample: {methods: [md, timewarp]}\n"
-        "transfer: {train: [GA], validation: [AG], processes: 2}\n"
+        "run: {name: two}\nsystems: [{name: AV, sequence: AV}]\nsample: {methods: [md, timewarp]}\n"
+        "transfer: {train: [GA], validation: [AG], processes: 2, lags_ps: [10]}\n"
     ),
 }
 
@@ -115,12 +117,35 @@ def test_every_command_of_the_rules_is_one_the_command_line_accepts(cases):
         assert options.config == Path("results/smoke/config.yaml")
 
 
+def test_lags_of_the_transferable_flow_need_the_dynamics_of_its_peptides(cases):
+    text = cases["lags"][1]
+    assert "status 0" in text, text
+    for name in ("AA", "GA", "AG", "AV"):
+        assert text.count(f"reference: molecular dynamics of {name}\n") == 1
+    commands = re.findall(r"exec (longstride train-transfer .*?) > ", text)
+    assert len(commands) == 2
+    parsed = [build_parser().parse_args(shlex.split(command)[1:]) for command in sorted(commands)]
+    for index, options in enumerate(parsed):
+        folders = {
+            name: ":".join(f"results/lags/{stage}/{name}" for stage in ("prepare", f"chains/round{index}", "reference"))
+            for name in ("AA", "GA", "AG")
+        }
+        assert options.training == [folders["AA"], folders["GA"]]
+        assert options.held_out == [folders["AG"]]
+    without = cases["dry-2aa"][1]  # negative control: no lags, no dynamics of the peptides
+    assert not re.search(r"reference: molecular dynamics of AA\n", without)
+    assert re.search(r"--training \S*prepare/AA:\S*chains/round0/AA ", without)
+
+
 def test_training_in_several_processes_is_started_by_torchrun(cases):
     text = cases["two-processes"][1]
     found = re.findall(r"exec torchrun --standalone --nproc-per-node 2 -m longstride.cli (train-transfer .*?) > ", text)
     assert len(found) == 1
     options = build_parser().parse_args(shlex.split(found[0]))
     assert options.threads == 2
+    stages = ("prepare", "chains/round0", "reference")
+    for name, folders in (("GA", options.training), ("AG", options.held_out)):
+        assert folders == [":".join(f"results/two/{stage}/{name}" for stage in stages)]
 
 
 def test_slurm_profile_plans_without_slurm(cases):

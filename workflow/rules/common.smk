@@ -45,21 +45,33 @@ def earlier_flow(wildcards):
     return [] if before < 0 else [f"{RUN.folder}/transfer/round{before}/manifest.json"]
 
 
+def peptide_stages(round):
+    """Return the folders of the stages of a peptide that a round of training reads; lags take its dynamics."""
+    stages = ["prepare", f"chains/round{round}"]
+    return [*stages, "reference"] if TRANSFER.lags_ps else stages
+
+
 def peptide_folders(split):
-    """Return the manifests of the prepare and chains stages of all peptides of a split, in pairs."""
+    """Return the manifests of these stages of all peptides of a split, one peptide after another."""
     return lambda wildcards: [
         f"{RUN.folder}/{folder}/{name}/manifest.json"
         for name in getattr(TRANSFER, split)
-        for folder in ("prepare", f"chains/round{wildcards.round}")
+        for folder in peptide_stages(wildcards.round)
     ]
 
 
-def pairs_of(name):
-    """Return the folders of the files in the input of that name, two by two."""
-    return lambda wildcards, input: [
-        f"{os.path.dirname(first)}:{os.path.dirname(second)}"
-        for first, second in zip(input[name][::2], input[name][1::2])
-    ]
+def peptides_of(name):
+    """Return the folders of the files in the input of that name, those of one peptide joined by colons."""
+
+    def joined(wildcards, input):
+        count = len(peptide_stages(wildcards.round))
+        folders = [os.path.dirname(path) for path in input[name]]
+        return [
+            ":".join(folders[first : first + count])
+            for first in range(0, len(folders), count)
+        ]
+
+    return joined
 
 
 def training_command(processes):

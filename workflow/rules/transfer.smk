@@ -1,5 +1,6 @@
 # One flow for every peptide: exact chains of the training peptides (round 0 with torsion moves alone, later rounds with the
-# flow of the round before), then training on all of them. Only where the configuration names training peptides.
+# flow of the round before), then training on all of them, and on their reference dynamics where there are lags. Only where the
+# configuration names training peptides.
 
 
 rule chains:
@@ -52,8 +53,8 @@ rule train_transfer:
         config=str(RUN.frozen),
         key=job_key("transfer"),
         launch=training_command(TRANSFER.processes),
-        training=pairs_of("training"),
-        validation=pairs_of("validation"),
+        training=peptides_of("training"),
+        validation=peptides_of("validation"),
         out=subpath(output.manifest, parent=True),
         state=RUN.state("transfer", "round{round}"),
     message:

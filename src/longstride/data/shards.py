@@ -45,7 +45,8 @@ def write_shards(
     source = read_manifest(reference, kind="reference")
     trajectories = read_trajectories(reference, fields=_STORED)
     spacing = source["frame_spacing_ps"]
-    lags = [_lag_in_frames(lag, spacing, min(len(t["positions"]) for t in trajectories)) for lag in lags_ps]
+    shortest = min(len(t["positions"]) for t in trajectories)
+    lags = [lag_in_frames(lag, spacing, shortest, key="shard.lags_ps") for lag in lags_ps]
     held_out = held_out_trajectories(len(trajectories), validation_fraction)
     splits: dict[str, list[str]] = {"train": [], "validation": []}
     counts: dict[str, list[int]] = {"train": [0] * len(lags), "validation": [0] * len(lags)}
@@ -78,14 +79,27 @@ def held_out_trajectories(count: int, fraction: float) -> set[int]:
     return {math.floor((k + 0.5) * count / held) for k in range(held)}
 
 
-def _lag_in_frames(lag_ps: float, spacing_ps: float, shortest: int) -> int:
+def lag_in_frames(lag_ps: float, spacing_ps: float, shortest: int, *, key: str) -> int:
+    """Return a time lag as a number of frames.
+
+    Args:
+        lag_ps: the lag.
+        spacing_ps: time between two frames, `reference.save_every_ps`.
+        shortest: frames of the shortest trajectory.
+        key: configuration key of the lag, for messages.
+
+    Raises:
+        DataError: not a whole number of frames, or not shorter than the trajectories.
+    """
     frames = round(lag_ps / spacing_ps)
     if frames < 1 or abs(frames * spacing_ps - lag_ps) > 1e-6 * lag_ps:
-        raise DataError(f"shard.lags_ps: {lag_ps:g} ps is not a whole multiple of the frame spacing {spacing_ps:g} ps")
+        raise DataError(
+            f"{key}: {lag_ps:g} ps is not a whole multiple of the frame spacing {spacing_ps:g} ps (reference.save_every_ps)"
+        )
     if frames >= shortest:
         raise DataError(
-            f"shard.lags_ps: {lag_ps:g} ps is not shorter than the shortest trajectory ({shortest * spacing_ps:g} ps);"
-            " shorten the lag or lengthen the trajectories"
+            f"{key}: {lag_ps:g} ps is not shorter than the shortest trajectory ({shortest * spacing_ps:g} ps);"
+            " shorten the lag or lengthen the trajectories (reference.length_ps)"
         )
     return frames
 

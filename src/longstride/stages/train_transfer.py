@@ -1,4 +1,4 @@
-"""Stage `train-transfer`: exact chains of many peptides -> one transferable flow."""
+"""Stage `train-transfer`: exact chains of many peptides, and their dynamics where there are lags -> one transferable flow."""
 
 from __future__ import annotations
 
@@ -13,12 +13,15 @@ import torch
 
 from longstride.data.atomic import read_arrays, write_text
 from longstride.data.checkpoint import StateFolder, fingerprint, open_state
+from longstride.data.frames import read_trajectories
 from longstride.data.manifest import read_manifest, write_manifest
+from longstride.data.shards import lag_in_frames
 from longstride.errors import ConfigError, DataError
 from longstride.fingerprints import code_version
 from longstride.flows.torsion_network import TorsionArchitecture, TorsionNetwork, log_uniform
 from longstride.flows.transferable import BoundMolecule
 from longstride.flows.transferable_checkpoint import Physics, save_transferable
+from longstride.flows.zmatrix import build_zmatrix
 from longstride.potentials.amber import AmberPotential
 from longstride.provenance import provenance
 from longstride.seeds import job_seed
@@ -27,7 +30,7 @@ from longstride.systems import load_prepared
 from longstride.training.device import training_device
 from longstride.training.module_state import ModuleState
 from longstride.training.ranks import ALONE, Ranks, joined
-from longstride.training.transfer import MoleculeSamples, Probe, train, validation_loss
+from longstride.training.transfer import Dynamics, MoleculeSamples, Probe, free_torsions, train, validation_loss
 from longstride.units import thermal_energy
 
 if TYPE_CHECKING:
@@ -35,12 +38,14 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from longstride.config import TransferConfig
+    from longstride.systems import Prepared
 
 THREADS = 1  # batches are small, and the order of sums must not depend on the machine's load
 HELD_OUT_SAMPLES = 512
 _KEY = "transfer.device"
 
-Peptide = tuple["Path", "Path"]  # folders of the prepare and of the chains stage
+# folders of the prepare, of the chains and, where there are lags, of the reference stage
+Peptide = tuple["Path", "Path"] | tuple["Path", "Path", "Path"]
 
 
 def run(
@@ -60,7 +65,8 @@ def run(
 
     Args:
         section: sizes, rates and limits.
-        training: folders of the prepare and chains stages of each training peptide.
+        training: folders of the prepare and chains stages of each training peptide, and of its reference where the section
+            has lags.
         validation: the same of peptides held out.
         out: folder to write.
         state: folder for checkpoints.
@@ -69,47 +75,38 @@ def run(
         ranks: this process among those that train together.
 
     Raises:
-        DataError: no peptides, chains that do not belong to their peptide, different potentials or temperatures, or a
-            checkpoint of another number of processes.
+        DataError: no peptides; chains or dynamics that do not belong to their peptide; different potentials or
+            temperatures; a lag that does not fit the dynamics, or lags without dynamics; a checkpoint of another number
+            of processes.
         LongstrideError: a GPU is asked for and there is none, or another process ended.
         NumericsError: training diverged.
     """
     _check_count(section, ranks)
     torch.set_num_threads(min(threads, THREADS))
-    if not training:
-        raise DataError("no training peptides: give folders of chains")
-    loaded = [_load(*peptide) for peptide in (*training, *validation)]
-    physics, molecules = _one_physics(loaded), [molecule for molecule, _, _ in loaded]
-    kept, held_out = molecules[: len(training)], molecules[len(training) :]
-    if shared := {m.name for m in kept} & {m.name for m in held_out}:
-        raise DataError(
-            f"{', '.join(sorted(shared))}: both a training and a held-out peptide; a test of transfer needs them apart"
-        )
+    kept, held_out, physics, files = _load_all(section, training, validation)
     trainer = _untrained(section, seed, ranks)
     kept = [molecule.on(trainer.module.start.device) for molecule in kept]
     probed = validation if section.acceptance_frames and ranks.first else ()
-    probes = [_probe(section, *peptide, physics) for peptide in probed]
+    probes = [_probe(section, *peptide[:2], physics) for peptide in probed]
     unseen = HeldOut(molecules=held_out, probes=probes, seed=job_seed(seed, "held-out"))
     # a checkpoint continues on any device; that of another number of processes is refused, which keeps the work in it
     settings = section.model_dump(exclude={"device", "processes"})
-    key = fingerprint(settings, [files for _, _, files in loaded], seed, code_version("train_transfer"))
+    key = fingerprint(settings, files, seed, code_version("train_transfer"))
     with open_state(state, key) if ranks.first else contextlib.nullcontext(StateFolder(state)) as folder:
         train(trainer, kept, section, evaluate=unseen.metrics, folder=folder)
         if not ranks.first:
             return
-        network = _on_cpu(trainer.module)
         content: dict[str, Any] = {
             "physics": vars(physics),
             "training": [m.name for m in kept],
-            "validation_nll_per_torsion": unseen.losses(network),
-            "validation_acceptance": unseen.acceptances(network),
+            **unseen.by_peptide(trainer.module),
             "samples": sum(len(m.torsions) for m in kept),
             "steps": trainer.step,
             "train_wall_s": trainer.wall_s,
             "processes": ranks.count,
             "device": str(trainer.module.start.device),
         }
-        _write(out, network, physics, trainer.rows, content)
+        _write(out, _on_cpu(trainer.module), physics, trainer.rows, content)
         folder.clear()
 
 
@@ -150,27 +147,34 @@ class HeldOut:
     probes: Sequence[Probe]
     seed: int
 
-    def losses(self, network: TorsionNetwork) -> dict[str, float]:
-        """Return the loss of each molecule by name, nats per torsion."""
-        return validation_loss(_on_cpu(network), self.molecules, count=HELD_OUT_SAMPLES, seed=self.seed)
-
-    def acceptances(self, network: TorsionNetwork) -> dict[str, float]:
-        """Return the acceptance of independent proposals for each molecule by name."""
-        return {probe.name: probe.measure(_on_cpu(network), seed=self.seed)[0] for probe in self.probes}
-
     def metrics(self, network: TorsionNetwork) -> dict[str, float]:
-        """Return one row of metrics.csv."""
-        losses = self.losses(network)
-        if not losses:
-            return {}
-        found = {"validation_nll_per_torsion": float(np.mean(list(losses.values())))}
-        if self.probes:
-            here = _on_cpu(network)
-            quality = np.array([probe.measure(here, seed=self.seed) for probe in self.probes])
-            found |= {"validation_acceptance": float(np.median(quality[:, 0]))}
-            found |= {"validation_least_acceptance": float(quality[:, 0].min())}
-            found |= {"validation_log_r_sd": float(np.median(quality[:, 1]))}
+        """Return one row of metrics.csv: the loss and the acceptance of every label, over the peptides."""
+        network = _on_cpu(network)
+        found: dict[str, float] = {}
+        for label, end in _columns(network).items() if self.molecules else ():
+            found[f"validation_nll_per_torsion{end}"] = float(np.mean(list(self._losses(network, label).values())))
+            if self.probes:
+                quality = np.array(list(self._qualities(network, label).values()))
+                found[f"validation_acceptance{end}"] = float(np.median(quality[:, 0]))
+                found[f"validation_least_acceptance{end}"] = float(quality[:, 0].min())
+                found[f"validation_log_r_sd{end}"] = float(np.median(quality[:, 1]))
         return found
+
+    def by_peptide(self, network: TorsionNetwork) -> dict[str, dict[str, float]]:
+        """Return the loss and the acceptance of every label and peptide, for the manifest."""
+        network = _on_cpu(network)
+        found: dict[str, dict[str, float]] = {}
+        for label, end in _columns(network).items():
+            found[f"validation_nll_per_torsion{end}"] = self._losses(network, label)
+            qualities = self._qualities(network, label)
+            found[f"validation_acceptance{end}"] = {name: acceptance for name, (acceptance, _) in qualities.items()}
+        return found
+
+    def _losses(self, network: TorsionNetwork, label: int) -> dict[str, float]:
+        return validation_loss(network, self.molecules, label=label, count=HELD_OUT_SAMPLES, seed=self.seed)
+
+    def _qualities(self, network: TorsionNetwork, label: int) -> dict[str, tuple[float, float]]:
+        return {probe.name: probe.measure(network, label=label, seed=self.seed) for probe in self.probes}
 
 
 def _on_cpu(network: TorsionNetwork) -> TorsionNetwork:
@@ -178,17 +182,69 @@ def _on_cpu(network: TorsionNetwork) -> TorsionNetwork:
     return network if network.start.device.type == "cpu" else copy.deepcopy(network).cpu()
 
 
-def _load(prepared: Path, chains: Path) -> tuple[MoleculeSamples, Physics, dict[str, Any]]:
+def _columns(network: TorsionNetwork) -> dict[int, str]:
+    """Return what ends the names of metrics of each label: nothing for the independent one, which comes first."""
+    *lags, _ = network.architecture.labels
+    return {len(lags): "", **{label: f"_{name.replace(' ', '_')}" for label, name in enumerate(lags)}}
+
+
+def _load_all(
+    section: TransferConfig, training: Sequence[Peptide], validation: Sequence[Peptide]
+) -> tuple[list[MoleculeSamples], list[MoleculeSamples], Physics, list[dict[str, Any]]]:
+    """Return the samples of the training and of the held-out peptides, their physics, and the checksums of all files read."""
+    if not training:
+        raise DataError("no training peptides: give folders of chains")
+    loaded = [_load(section, *peptide) for peptide in (*training, *validation)]
+    physics, molecules = _one_physics(loaded), [molecule for molecule, _, _ in loaded]
+    kept, held_out = molecules[: len(training)], molecules[len(training) :]
+    if shared := {m.name for m in kept} & {m.name for m in held_out}:
+        raise DataError(
+            f"{', '.join(sorted(shared))}: both a training and a held-out peptide; a test of transfer needs them apart"
+        )
+    return kept, held_out, physics, [files for _, _, files in loaded]
+
+
+def _load(
+    section: TransferConfig, prepared: Path, chains: Path, reference: Path | None = None
+) -> tuple[MoleculeSamples, Physics, dict[str, Any]]:
+    """Return the samples of a peptide, their physics, and the checksums of what they were read from."""
     molecule = load_prepared(prepared)
     source = read_manifest(chains, kind="samples")
     if source["system_hash"] != molecule.system_hash:
         raise DataError(f"{chains} belongs to another molecule or force field than {prepared}")
     if source["invariance"] != "exact":
         raise DataError(f"{chains} holds {source['invariance']} samples; a transferable flow learns from exact ones")
+    if section.lags_ps and reference is None:
+        name = molecule.system.name
+        raise DataError(f"transfer.lags_ps: {name} has no dynamics; give its folders as PREPARED:CHAINS:REFERENCE")
+    if reference is not None and not section.lags_ps:
+        raise DataError(f"transfer.lags_ps is empty; give lags to learn from {reference}, or leave it out")
+    dynamics, files = None, source["files"]
+    if reference is not None:
+        dynamics, more = _dynamics(section, molecule, reference, temperature_K=source["temperature_K"])
+        files = {"chains": files, "reference": more}
     positions = read_arrays(chains / "samples.safetensors")[0]["positions"]
     flat = positions.reshape(-1, *positions.shape[2:])
-    samples = MoleculeSamples.of(molecule, flat, kT=thermal_energy(source["temperature_K"]))
-    return samples, Physics.of(molecule, source["temperature_K"]), source["files"]
+    samples = MoleculeSamples.of(molecule, flat, kT=thermal_energy(source["temperature_K"]), dynamics=dynamics)
+    return samples, Physics.of(molecule, source["temperature_K"]), files
+
+
+def _dynamics(
+    section: TransferConfig, molecule: Prepared, reference: Path, *, temperature_K: float
+) -> tuple[Dynamics, dict[str, Any]]:
+    """Return the dynamics of a peptide at the section's lags, and the checksums of its files."""
+    source = read_manifest(reference, kind="reference", verify=False)  # the frames are verified as they are read
+    if source["system_hash"] != molecule.system_hash:
+        raise DataError(f"{reference} belongs to another molecule or force field than the chains of {molecule.system.name}")
+    if source["temperature_K"] != temperature_K:
+        raise DataError(f"{reference} is at {source['temperature_K']:g} K, the chains are at {temperature_K:g} K")
+    zmatrix = build_zmatrix(molecule.system)
+    frames = read_trajectories(reference, fields=("positions",))
+    trajectories = [free_torsions(zmatrix, fields["positions"]) for fields in frames]
+    spacing, shortest = source["frame_spacing_ps"], min(map(len, trajectories))
+    lags = tuple(lag_in_frames(lag, spacing, shortest, key="transfer.lags_ps") for lag in section.lags_ps)
+    made = Dynamics.of(trajectories, lags=lags, independent_fraction=section.independent_fraction)
+    return made, source["files"]
 
 
 def _probe(section: TransferConfig, prepared: Path, chains: Path, physics: Physics) -> Probe:
@@ -225,6 +281,7 @@ def _untrained(section: TransferConfig, seed: int, ranks: Ranks) -> ModuleState[
 
 def _network(section: TransferConfig, seed: int) -> TorsionNetwork:
     sizes = TorsionArchitecture(
+        lags_ps=section.lags_ps,
         width=section.width,
         heads=section.heads,
         layers=section.layers,

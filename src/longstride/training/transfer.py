@@ -1,10 +1,11 @@
-"""Training of the torsion network on exact chains of many molecules.
+"""Training of the torsion network on exact chains of many molecules, and on their dynamics.
 
-    loss = -mean over molecules and samples of log q(t | label) / n_torsions
+    loss = -mean over molecules and samples of log q(t(y) | t(x), label) / n_torsions
 
 A batch holds the same number of samples from each of a few random molecules, so that small and large ones count alike. The
-samples of a molecule are positions of an exact chain at equilibrium; they train the independent label. Held-out molecules,
-whose sequences no step sees, give the validation loss.
+samples of a molecule are positions of an exact chain at equilibrium; they train the independent label, which does not see x.
+Where the network has labels of time lags, the other samples are pairs (x(t), x(t + tau)) from molecular dynamics, used in both
+directions of time. Held-out molecules, whose sequences no step sees, give the validation loss.
 
 A step follows the mean gradient of `accumulate` batches in each of the processes that train together; memory is that of one
 batch. Samples are drawn on the CPU, from a random stream of every process, and move to the network's device.
@@ -36,11 +37,62 @@ if TYPE_CHECKING:
     from longstride.data.checkpoint import StateFolder
     from longstride.flows.torsion_network import TorsionNetwork
     from longstride.flows.transferable import BoundMolecule
+    from longstride.flows.zmatrix import ZMatrix
     from longstride.state import State
     from longstride.systems import Prepared
     from longstride.training.module_state import ModuleState
 
 _MAX_GRADIENT = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dynamics:
+    """Torsions of a molecule along trajectories, from which lagged pairs are drawn.
+
+    Pairs of both directions of time are drawn alike. They have the same distribution where the trajectories are at
+    equilibrium, because Langevin dynamics is reversible in the positions. Where they still remember their starts a label
+    learns a mixture of both directions, which costs acceptance, never exactness.
+
+    Attributes:
+        torsions: [frame, torsion] radian float32, one trajectory after another.
+        lags: in frames, one for each lag of the network.
+        starts: for each lag, the frames whose trajectory goes on for that long, [pair] int64.
+        independent_fraction: of the samples in a batch that train the independent label all the same.
+    """
+
+    torsions: Tensor
+    lags: tuple[int, ...]
+    starts: tuple[Tensor, ...]
+    independent_fraction: float
+
+    @classmethod
+    def of(cls, trajectories: Sequence[Tensor], *, lags: tuple[int, ...], independent_fraction: float) -> Dynamics:
+        """Return the dynamics of trajectories of torsions, [frame, torsion] each and longer than every lag (frames)."""
+        lengths = [len(torsions) for torsions in trajectories]
+        first = [sum(lengths[:index]) for index in range(len(lengths))]
+        starts = [
+            torch.cat([torch.arange(begin, begin + length - lag) for begin, length in zip(first, lengths, strict=True)])
+            for lag in lags
+        ]
+        return cls(
+            torsions=torch.cat(list(trajectories)),
+            lags=lags,
+            starts=tuple(starts),
+            independent_fraction=independent_fraction,
+        )
+
+    def labels(self, count: int, generator: torch.Generator) -> Tensor:
+        """Return labels of a batch, [count] int64; the label after the last lag is the independent one."""
+        independent = torch.rand(count, generator=generator) < self.independent_fraction
+        return torch.where(independent, len(self.lags), torch.randint(len(self.lags), (count,), generator=generator))
+
+    def pairs(self, label: int, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Return torsions of x and of y, [count, torsion] each, of random pairs in random directions of time."""
+        starts = self.starts[label]
+        begin = starts[torch.randint(len(starts), (count,), generator=generator)]
+        end = begin + self.lags[label]
+        forward = torch.randint(2, (count,), generator=generator) == 1
+        return self.torsions[torch.where(forward, begin, end)], self.torsions[torch.where(forward, end, begin)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,18 +103,20 @@ class MoleculeSamples:
         name: of the molecule.
         features: of its torsions, in the precision of the network.
         torsions: [sample, torsion] radian float32.
+        dynamics: of the molecule, where the network has labels of time lags.
     """
 
     name: str
     features: TorsionFeatures
     torsions: Tensor
+    dynamics: Dynamics | None = None
 
     def on(self, device: torch.device) -> MoleculeSamples:
-        """Return the same with features on a device; samples stay where they are until they are drawn."""
+        """Return the same with features on a device; samples and dynamics stay where they are until they are drawn."""
         return replace(self, features=self.features.to(device=device))
 
     @classmethod
-    def of(cls, prepared: Prepared, positions: np.ndarray, *, kT: float) -> MoleculeSamples:
+    def of(cls, prepared: Prepared, positions: np.ndarray, *, kT: float, dynamics: Dynamics | None = None) -> MoleculeSamples:
         """Return the samples of positions [sample, atom, 3] nm.
 
         Raises:
@@ -72,41 +126,79 @@ class MoleculeSamples:
         if not len(positions) or positions.shape[1] != system.n_atoms:
             raise DataError(f"no samples of {system.n_atoms} atoms for {system.name}; sample it again")
         zmatrix = build_zmatrix(system)
-        internals = zmatrix.from_cartesian(torch.from_numpy(positions).double())
+        torsions = free_torsions(zmatrix, positions)
         features = torsion_features(system, prepared.openmm_system, zmatrix, prepared.positions, kT)
-        torsions = internals.dihedrals[:, torch.from_numpy(zmatrix.free)].float()
-        return cls(name=system.name, features=features.to(torch.float32), torsions=torsions)
+        return cls(name=system.name, features=features.to(torch.float32), torsions=torsions, dynamics=dynamics)
+
+    def draw(self, count: int, generator: torch.Generator, *, label: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Return torsions of x and of y, [count, torsion] each, and labels [count]; x is y where the label is independent.
+
+        Args:
+            count: samples to draw, with replacement.
+            generator: source of the draw.
+            label: of all samples; None draws labels as well.
+        """
+        y = self.torsions[torch.randint(len(self.torsions), (count,), generator=generator)]
+        if self.dynamics is None:
+            return y, y, torch.zeros(count, dtype=torch.int64)
+        labels = self.dynamics.labels(count, generator) if label is None else torch.full((count,), label)
+        x = y.clone()
+        for index in range(len(self.dynamics.lags)):
+            chosen = labels == index
+            x[chosen], y[chosen] = self.dynamics.pairs(index, int(chosen.sum()), generator)
+        return x, y, labels
+
+
+def free_torsions(zmatrix: ZMatrix, positions: np.ndarray) -> Tensor:
+    """Return the free torsions of positions [frame, atom, 3] nm, [frame, torsion] radian float32."""
+    internals = zmatrix.from_cartesian(torch.from_numpy(positions).double())
+    return internals.dihedrals[:, torch.from_numpy(zmatrix.free)].float()
 
 
 def negative_log_likelihood(
-    network: TorsionNetwork, molecules: Sequence[MoleculeSamples], count: int, generator: torch.Generator
+    network: TorsionNetwork,
+    molecules: Sequence[MoleculeSamples],
+    count: int,
+    generator: torch.Generator,
+    *,
+    label: int | None = None,
 ) -> Tensor:
-    """Return -log q(t) / n_torsions of `count` random samples of each molecule, [molecule, count] nats per torsion."""
+    """Return -log q(t(y) | t(x), label) / n_torsions of random samples of each molecule, nats per torsion.
+
+    Args:
+        network: with a label for each lag of the molecules' dynamics, and the independent one.
+        molecules: with dynamics, or, where the network has no lags, without.
+        count: samples of each molecule.
+        generator: source of the draw.
+        label: of all samples; None draws labels, too.
+
+    Returns:
+        [molecule, count].
+    """
     tokens = network.encode([molecule.features for molecule in molecules]).repeat(count)
     longest = tokens.tokens.shape[1]
     drawn = []
     for molecule in molecules:
-        rows = torch.randint(len(molecule.torsions), (count,), generator=generator)
+        x, y, labels = molecule.draw(count, generator, label=label)
         padding = (0, longest - molecule.torsions.shape[1])
-        drawn.append(torch.nn.functional.pad(molecule.torsions[rows], padding))
-    t = torch.cat(drawn).to(tokens.tokens.device)
-    independent = torch.full((len(t),), len(network.architecture.lags_ps), device=t.device)
-    log_q = network.log_prob(tokens, t, network.context(tokens, t, independent))
+        drawn.append((torch.nn.functional.pad(x, padding), torch.nn.functional.pad(y, padding), labels))
+    t_x, t_y, chosen = (torch.cat(part).to(tokens.tokens.device) for part in zip(*drawn, strict=True))
+    log_q = network.log_prob(tokens, t_y, network.context(tokens, t_x, chosen))
     return -(log_q / tokens.present.sum(1)).view(len(molecules), count)
 
 
 @torch.no_grad()
 def validation_loss(
-    network: TorsionNetwork, molecules: Sequence[MoleculeSamples], *, count: int, seed: int
+    network: TorsionNetwork, molecules: Sequence[MoleculeSamples], *, label: int, count: int, seed: int
 ) -> dict[str, float]:
-    """Return the loss of each molecule by name, from the same samples at every call."""
+    """Return the loss of each molecule by name with one label, from the same samples at every call."""
     generator = torch.Generator().manual_seed(seed)
-    return {m.name: negative_log_likelihood(network, [m], count, generator).mean().item() for m in molecules}
+    return {m.name: negative_log_likelihood(network, [m], count, generator, label=label).mean().item() for m in molecules}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Probe:
-    """Frames of a held-out molecule, from which the acceptance of independent proposals is measured.
+    """Frames of a held-out molecule, from which the acceptance of proposals is measured.
 
     Attributes:
         molecule: ready for proposals.
@@ -121,9 +213,9 @@ class Probe:
         """Of the molecule."""
         return self.molecule.system.name
 
-    def measure(self, network: TorsionNetwork, *, seed: int) -> tuple[float, float]:
-        """Return acceptance and standard deviation of log r, from the same random numbers at every call."""
-        proposal = bind(network, self.molecule, label=len(network.architecture.lags_ps))
+    def measure(self, network: TorsionNetwork, *, label: int, seed: int) -> tuple[float, float]:
+        """Return acceptance and standard deviation of log r of a label, from the same random numbers at every call."""
+        proposal = bind(network, self.molecule, label=label)
         target = self.molecule.gaussian.target
         log_density = boltzmann(target.potential, target.kT)
         return proposal_quality(log_density, proposal.propose, self.x, torch.Generator().manual_seed(seed))

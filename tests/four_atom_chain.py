@@ -7,10 +7,13 @@ import functools
 import math
 
 import numpy as np
+import openmm
 import torch
+from openmm import app
 
 from longstride.flows.zmatrix import build_zmatrix
 from longstride.state import System
+from longstride.systems import Prepared
 
 KT = 1.0
 BOND, BOND_WIDTH = 0.1, 0.012  # soft, so that a dropped b^2 shifts the mean by many standard errors
@@ -25,6 +28,24 @@ SYSTEM = System(
     residue_indices=np.zeros(4, dtype=np.int64),
 )
 ZMATRIX = build_zmatrix(SYSTEM)
+
+
+def prepared():
+    """Return the chain with its potential as an OpenMM System."""
+    system = openmm.System()
+    bonds, angles, torsions = openmm.HarmonicBondForce(), openmm.HarmonicAngleForce(), openmm.PeriodicTorsionForce()
+    for _ in range(4):
+        system.addParticle(1.0)
+    for first in range(3):
+        bonds.addBond(first, first + 1, BOND, 1 / BOND_WIDTH**2)
+    for first in range(2):
+        angles.addAngle(first, first + 1, first + 2, ANGLE, 1 / ANGLE_WIDTH**2)
+    torsions.addTorsion(0, 1, 2, 3, 1, 0.0, 1.5)
+    torsions.addTorsion(0, 1, 2, 3, 2, math.pi / 2, 0.8)
+    for force in (bonds, angles, torsions):
+        system.addForce(force)
+    x = np.array([[0.0, 0.1, 0.0], [0, 0, 0], [0.1, 0, 0], [0.13, 0.06, 0.07]])
+    return Prepared(system=SYSTEM, openmm_system=system, topology=app.Topology(), positions=x, system_hash="", target="chain")
 
 
 @functools.cache
