@@ -48,7 +48,9 @@ _REFINE_STEPS = 6
 _STIFFEST = 30.0  # largest ratio of a Hessian to the common one
 _SOFTEST_RATIO = 0.05  # and smallest
 _FEWEST = 0.5  # share of the states that must relax
-_RIDGE = 0.01  # damping per state, in units of the basis functions' squares
+_RIDGES = (0.01, 0.1, 0.5, 3.0, 1e6)  # dampings to choose from; the last one leaves the constant
+_FOLD = 5  # every fifth state judges them
+_RELAXED = 1.0  # largest Newton step of a relaxed state, root mean square in standard deviations
 _VARYING = 0.2  # share of the entries of M that follow the torsions
 
 
@@ -191,15 +193,28 @@ class Response:
 
     @classmethod
     def fit(cls, functions: Tensor, values: Tensor) -> Response:
-        """Fit values [state, value] at functions [state, function] by ridge regression; the constant is not damped."""
-        damping = torch.full((functions.shape[1],), _RIDGE * len(functions), dtype=functions.dtype)
-        damping[0] = 0.0
-        coefficients = torch.linalg.solve(functions.T @ functions + torch.diag(damping), functions.T @ values)
+        """Fit values [state, value] at functions [state, function] by ridge regression; the constant is not damped.
+
+        The damping is the one that predicts every fifth state best from the others. Without an end it leaves the constant.
+        """
+        held = torch.arange(len(functions)) % _FOLD == 0
+        errors = [
+            (functions[held] @ _ridge(functions[~held], values[~held], damping) - values[held]).square().sum().item()
+            for damping in _RIDGES
+        ]
+        coefficients = _ridge(functions, values, _RIDGES[int(np.argmin(errors))])
         return cls(coefficients=coefficients, smallest=values.amin(0), largest=values.amax(0))
 
     def __call__(self, functions: Tensor) -> Tensor:
         """Return the values, [batch, value]."""
         return torch.maximum(torch.minimum(functions @ self.coefficients, self.largest), self.smallest)
+
+
+def _ridge(functions: Tensor, values: Tensor, damping: float) -> Tensor:
+    """Return the coefficients [function, value]; `damping` is per state, in units of the functions' squares."""
+    penalty = torch.full((functions.shape[1],), damping * len(functions), dtype=functions.dtype)
+    penalty[0] = 0.0
+    return torch.linalg.solve(functions.T @ functions + torch.diag(penalty), functions.T @ values)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -349,20 +364,26 @@ def refine(gaussian: ForceFieldGaussian, states: Tensor, *, count: int = 300, se
     values = torch.linalg.eigvalsh(whitened)
     # states that did not relax, or with clashes that no proposal should follow
     usable = target.log_density(t, s).isfinite() & (values[:, 0] > -_STIFFEST) & (values[:, -1] < _STIFFEST)
-    if int(usable.sum()) < _FEWEST * count:
-        raise NumericsError(
-            f"too few torsion states of {target.potential.system.name!r} relax ({int(usable.sum())} of {count});"
-            " check its structure"
-        )
+    _enough(target, int(usable.sum()), count)
     t, s, whitened = t[usable], s[usable], whitened[usable]
     values, vectors = torch.linalg.eigh(whitened)
     values = values.clamp(min=_SOFTEST_RATIO)
     factor = torch.linalg.cholesky((vectors * values[:, None]) @ vectors.mT)
     # the relaxation used one common Hessian; finish with each state's own
-    for _ in range(2):
-        step = torch.linalg.solve_triangular(factor, (target.gradient(t, s) @ gaussian.lower)[..., None], upper=False)
+    for _ in range(3):
+        slope = (target.gradient(t, s) @ gaussian.lower)[..., None]
+        step = torch.linalg.solve_triangular(factor, slope, upper=False)
         s = s - _from_unit(factor, LARGEST_STEP * torch.tanh(step / LARGEST_STEP)) @ gaussian.lower.T
-    return _fitted(gaussian, t, s, factor)
+    relaxed = step[..., 0].square().mean(-1).sqrt() < _RELAXED
+    _enough(target, int(relaxed.sum()), count)
+    return _fitted(gaussian, t[relaxed], s[relaxed], factor[relaxed])
+
+
+def _enough(target: InternalTarget, found: int, count: int) -> None:
+    if found < _FEWEST * count:
+        raise NumericsError(
+            f"too few torsion states of {target.potential.system.name!r} relax ({found} of {count}); check its structure"
+        )
 
 
 def _fitted(gaussian: ForceFieldGaussian, t: Tensor, s: Tensor, factor: Tensor) -> ForceFieldGaussian:
