@@ -3,11 +3,11 @@
 import functools
 import math
 
-import four_atom_chain
 import pytest
 import torch
-from four_atom_chain import ANGLE, ANGLE_WIDTH, BOND, BOND_WIDTH, KT, SYSTEM, ZMATRIX
 
+import four_atom_chain
+from four_atom_chain import ANGLE, ANGLE_WIDTH, BOND, BOND_WIDTH, KT, SYSTEM, ZMATRIX
 from longstride.flows.internal import FlowArchitecture, FlowProposal, InternalFlow
 from longstride.flows.zmatrix import Internals
 from longstride.mcmc.explore import explore

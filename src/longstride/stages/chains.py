@@ -80,13 +80,7 @@ def run_chains(
     potential, guide = engine(), engine(dtype=torch.float32)
     bound = BoundMolecule.of(molecule, guide, kT=kT, fitted_states=section.fitted_states)
     kernel = peptide_kernel(bound, network, boltzmann(potential, kT), flow_probability=section.flow_probability)
-    chosen = torch.randint(
-        len(bound.states), (section.chains,), generator=torch.Generator().manual_seed(job_seed(seed, "starts"))
-    )
-    starts = checked_starts(
-        bound.contains, State(positions=bound.states[chosen]), advice=f"check the structure that {prepared} was made from"
-    )
-    chains = start_chains(boltzmann(potential, kT), starts)
+    chains = start_chains(boltzmann(potential, kT), _starts(bound, section.chains, seed=seed, source=prepared))
     key = fingerprint(section.model_dump(), molecule.system_hash, physics.temperature_K, files, seed, code_version("chains"))
     schedule = Schedule(
         steps=section.steps,
@@ -102,6 +96,18 @@ def run_chains(
         content = {"temperature_K": physics.temperature_K, "flow": files, "seed": seed, "save_every": section.save_every}
         _write(out, saved, tally, molecule=molecule, kernel=kernel, content=content)
         folder.clear()
+
+
+def _starts(bound: BoundMolecule, count: int, *, seed: int, source: Path) -> State:
+    """Return relaxed torsion states, drawn with replacement.
+
+    Raises:
+        DataError: one of them lies outside the domain, where its chain would never move.
+    """
+    generator = torch.Generator().manual_seed(job_seed(seed, "starts"))
+    chosen = torch.randint(len(bound.states), (count,), generator=generator)
+    advice = f"check the structure that {source} was made from"
+    return checked_starts(bound.contains, State(positions=bound.states[chosen]), advice=advice)
 
 
 def peptide_kernel(
