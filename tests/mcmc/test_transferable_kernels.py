@@ -48,11 +48,11 @@ def deviations(kernel, count=500):
 def flow_kernel(label, kind=TransferableProposal):
     proposal = bind(network(), molecule(), label=label)
     proposal = kind(**{name: getattr(proposal, name) for name in ("network", "molecule", "tokens", "label")})
-    return metropolis(boltzmann(molecule().gaussian.target.potential, KT), proposal, propose=proposal.propose)
+    return metropolis(boltzmann(molecule().gaussian.target.potential, KT), proposal)
 
 
 def moves_kernel(kind=TorsionMoves):
-    return metropolis(boltzmann(molecule().gaussian.target.potential, KT), None, propose=kind(molecule=molecule()).propose)
+    return metropolis(boltzmann(molecule().gaussian.target.potential, KT), kind(molecule=molecule()))
 
 
 @pytest.mark.parametrize("label", [0, 1])
@@ -101,41 +101,53 @@ def test_flow_proposals_that_keep_latent_noise_are_exact(correlation):
 class NoVolume(TransferableProposal):
     """The volume factor left out on both sides."""
 
-    def propose(self, x, generator):
-        y, forward, backward = super().propose(x, generator)
-        return y, forward + log_volume(y), backward + log_volume(x)
+    def propose_noted(self, x, notes, generator):
+        drawn = super().propose_noted(x, notes, generator)
+        return replace(
+            drawn, log_forward=drawn.log_forward + log_volume(drawn.y), log_backward=drawn.log_backward + log_volume(x)
+        )
 
 
 class NoReverse(TransferableProposal):
     """log q(x | y) dropped."""
 
-    def propose(self, x, generator):
-        y, forward, backward = super().propose(x, generator)
-        return y, forward, torch.zeros_like(backward)
+    def propose_noted(self, x, notes, generator):
+        drawn = super().propose_noted(x, notes, generator)
+        return replace(drawn, log_backward=torch.zeros_like(drawn.log_backward))
 
 
 class ReverseOfAnotherLabel(TransferableProposal):
     """log q(x | y) of another label than the one that drew y."""
 
-    def propose(self, x, generator):
-        y, forward, _ = super().propose(x, generator)
-        return y, forward, replace(self, label=1 - self.label).log_prob(x, y)
+    def propose_noted(self, x, notes, generator):
+        drawn = super().propose_noted(x, notes, generator)
+        return replace(drawn, log_backward=replace(self, label=1 - self.label).log_prob(x, drawn.y))
+
+
+class StaleNotes(TransferableProposal):
+    """Notes on y that are those on x."""
+
+    def propose_noted(self, x, notes, generator):
+        drawn = super().propose_noted(x, notes, generator)
+        return replace(drawn, at_y=drawn.at_x)
 
 
 class MovesWithoutVolume(TorsionMoves):
     """The volume factor left out on both sides."""
 
-    def propose(self, x, generator):
-        y, forward, backward = super().propose(x, generator)
-        return y, forward + log_volume(y), backward + log_volume(x)
+    def propose_noted(self, x, notes, generator):
+        drawn = super().propose_noted(x, notes, generator)
+        return replace(
+            drawn, log_forward=drawn.log_forward + log_volume(drawn.y), log_backward=drawn.log_backward + log_volume(x)
+        )
 
 
 class MovesWithoutReference(TorsionMoves):
     """The autoregression of the latent values taken for a symmetric move."""
 
-    def propose(self, x, generator):
-        y, forward, backward = super().propose(x, generator)
-        return y, forward * 0, backward * 0
+    def propose_noted(self, x, notes, generator):
+        drawn = super().propose_noted(x, notes, generator)
+        return replace(drawn, log_forward=drawn.log_forward * 0, log_backward=drawn.log_backward * 0)
 
 
 def log_volume(x):
@@ -149,11 +161,40 @@ def log_volume(x):
         lambda: flow_kernel(1, NoVolume),
         lambda: flow_kernel(1, NoReverse),
         lambda: flow_kernel(0, ReverseOfAnotherLabel),
+        lambda: flow_kernel(1, StaleNotes),
         lambda: moves_kernel(MovesWithoutVolume),
         lambda: moves_kernel(MovesWithoutReference),
     ],
-    ids=["no volume", "no reverse", "reverse of another label", "moves without volume", "moves without reference"],
+    ids=[
+        "no volume",
+        "no reverse",
+        "reverse of another label",
+        "stale notes",
+        "moves without volume",
+        "moves without reference",
+    ],
 )
 def test_broken_densities_are_detected(broken):
     found, _ = deviations(broken())
     assert max(map(abs, found.values())) > 5, found
+
+
+def test_notes_agree_with_a_fresh_analysis():
+    """Along a mixed chain what travels with it is what its positions give; another molecule's notes are not read."""
+    log_density = boltzmann(molecule().gaussian.target.potential, KT)
+    kernel = peptide_kernel(molecule(), network(), log_density, flow_probability=0.6)
+    chains = start_chains(log_density, State(positions=molecule().states[:8]))
+    generator = torch.Generator().manual_seed(3)
+    named = set()
+    for _ in range(30):
+        chains, _ = kernel(chains, generator)
+        values = chains.notes.of(molecule())
+        fresh = molecule().encode(chains.state.positions)
+        for name in ("torsions", "latent", "log_stiff"):
+            assert torch.allclose(values[name], getattr(fresh, name), atol=1e-8), name
+        named |= set(values)
+        for name in set(values) - {"torsions", "latent", "log_stiff"}:
+            independent = bind(network(), molecule(), label=1).log_prob(chains.state, chains.state) - fresh.log_stiff
+            assert torch.allclose(values[name], independent, atol=1e-4), name
+    assert len(named) == 4
+    assert not chains.notes.of(replace(molecule()))

@@ -256,13 +256,16 @@ class ForceFieldGaussian:
 
     def at(self, t: Tensor) -> Conditional:
         """Return q(s | t) at torsions t [batch, torsion]; two gradients of the potential."""
-        raw, u = self.factor[None], t.new_zeros(len(t), len(self.centre))
+        common = self.factor.tril(-1) + self.factor.diagonal().exp().diag()
+        factor, u = common[None], t.new_zeros(len(t), len(self.centre))
         if self.basis is not None and self.minimum is not None and self.varying is not None and self.entries is not None:
             functions = self.basis(t)
             u = self.minimum(functions)
-            raw = raw.repeat(len(t), 1, 1)
-            raw[:, self.entries[0], self.entries[1]] = self.varying(functions)
-        factor = raw.tril(-1) + torch.diag_embed(raw.diagonal(dim1=1, dim2=2).exp())
+            row, column = self.entries
+            varying = self.varying(functions)
+            # in place: this is most of the memory traffic of a proposal
+            factor = common.repeat(len(t), 1, 1)
+            factor[:, row, column] = torch.where(row == column, varying.exp(), varying)
         for _ in range(NEWTON_STEPS):
             slope = self.target.gradient(t, self._unwhitened(u)) @ self.lower
             step = torch.linalg.solve_triangular(factor, slope[..., None], upper=False)

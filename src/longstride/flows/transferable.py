@@ -17,12 +17,15 @@ import torch
 
 from longstride.errors import DataError
 from longstride.flows.bound import BoundFlow
+from longstride.flows.notes import Noted, Notes
 from longstride.flows.stiff import ForceFieldGaussian, calibrate, refine
 from longstride.flows.torsion_features import torsion_features
 from longstride.flows.zmatrix import build_zmatrix, place_in_frame
 from longstride.state import State
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from torch import Tensor
 
     from longstride.flows.torsion_network import Tokens, TorsionNetwork
@@ -46,6 +49,11 @@ class Encoded:
     torsions: Tensor
     latent: Tensor
     log_stiff: Tensor
+
+    def notes(self, owner: BoundMolecule, **more: Tensor) -> Notes:
+        """Return what the next proposal from here needs, with more values of the caller's."""
+        values = {name: getattr(self, name) for name in ("torsions", "latent", "log_stiff")}
+        return Notes(owner=owner, values=values | more)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,6 +104,12 @@ class BoundMolecule:
         log_stiff = torch.where(target.contains(s), log_q - log_measure, -torch.inf)
         return Encoded(positions=here, torsions=t, latent=z, log_stiff=log_stiff)
 
+    def encode_noted(self, x: Tensor, notes: Mapping[str, Tensor]) -> Encoded:
+        """Return the same, from notes on x where there are some."""
+        if "latent" not in notes:
+            return self.encode(x)
+        return Encoded(positions=x.double(), torsions=notes["torsions"], latent=notes["latent"], log_stiff=notes["log_stiff"])
+
     def decode(self, t: Tensor, z: Tensor, frame_of: Tensor) -> Encoded:
         """Return the configurations of torsions and latent values, in the frames of positions [batch, atom, 3].
 
@@ -140,7 +154,6 @@ class TransferableProposal:
         """Return y, log q(y | x) and log q(x | y); as `sample` and `log_prob`, each configuration converted only once."""
         return self.propose_correlated(x, 0.0, generator)
 
-    @torch.no_grad()
     def propose_correlated(self, x: State, correlation: float, generator: torch.Generator) -> tuple[State, Tensor, Tensor]:
         """Return y whose stiff coordinates keep a part of the latent values of x, and the log-densities of `propose`.
 
@@ -152,16 +165,39 @@ class TransferableProposal:
             correlation: a, 0 (all noise anew) to below 1.
             generator: source of the draw.
         """
-        here = self.molecule.encode(x.positions)
+        drawn = self.propose_noted(x, None, generator, correlation=correlation)
+        return drawn.y, drawn.log_forward, drawn.log_backward
+
+    @torch.no_grad()
+    def propose_noted(self, x: State, notes: Notes | None, generator: torch.Generator, *, correlation: float = 0.0) -> Noted:
+        """Return the draw of `propose_correlated` and notes on both ends; half the work where there are notes on x."""
+        known = {} if notes is None else notes.of(self.molecule)
+        here = self.molecule.encode_noted(x.positions, known)
         tokens = self.tokens.repeat(len(here.torsions))
-        context = self._context(tokens, here.torsions)
-        t, log_t = self.network.sample(tokens, context, generator)
+        t, log_t = self.network.sample(tokens, self._context(tokens, here.torsions), generator)
         noise = torch.randn(here.latent.shape, generator=generator, dtype=torch.float64, device=generator.device)
         z = correlation * here.latent + math.sqrt(1 - correlation**2) * noise
         there = self.molecule.decode(t.double(), z, x.positions)
-        log_backward = self._log_torsions(tokens, here.torsions, there.torsions) + here.log_stiff
-        y = State(positions=there.positions.to(x.positions.dtype))
-        return y, log_t.double() + there.log_stiff, log_backward
+        log_t_x = known.get(self._note)
+        if log_t_x is None:
+            log_t_x = self._log_torsions(tokens, here.torsions, there.torsions)
+        own = {} if self._sees_x else {self._note: log_t_x}
+        return Noted(
+            y=State(positions=there.positions.to(x.positions.dtype)),
+            log_forward=log_t.double() + there.log_stiff,
+            log_backward=log_t_x + here.log_stiff,
+            at_x=here.notes(self.molecule, **own),
+            at_y=there.notes(self.molecule, **{name: log_t.double() for name in own}),
+        )
+
+    @property
+    def _sees_x(self) -> bool:
+        return self.label < len(self.network.architecture.lags_ps)
+
+    @property
+    def _note(self) -> str:
+        """Name of log q(t(x)), a function of x alone where proposals are independent."""
+        return f"log q of label {self.label}, network {id(self.network)}"
 
     @torch.no_grad()
     def log_prob(self, y: State, x: State) -> Tensor:
@@ -239,15 +275,26 @@ class TorsionMoves:
     uniform: float = 0.6
     step: float = 0.4
 
-    @torch.no_grad()
     def propose(self, x: State, generator: torch.Generator) -> tuple[State, Tensor, Tensor]:
         """Return y and two log-densities whose difference is log q(y | x) - log q(x | y); NaN where y left the domain."""
-        here = self.molecule.encode(x.positions)
+        drawn = self.propose_noted(x, None, generator)
+        return drawn.y, drawn.log_forward, drawn.log_backward
+
+    @torch.no_grad()
+    def propose_noted(self, x: State, notes: Notes | None, generator: torch.Generator) -> Noted:
+        """Return the draw of `propose` and notes on both ends; half the work where there are notes on x."""
+        here = self.molecule.encode_noted(x.positions, {} if notes is None else notes.of(self.molecule))
         t, turned = self._turned(here.torsions, generator)
         a = torch.where(turned, self.correlation, self.refresh_correlation).double()[:, None]
         noise = torch.randn(here.latent.shape, generator=generator, dtype=torch.float64)
         there = self.molecule.decode(t, a * here.latent + (1 - a.square()).sqrt() * noise, x.positions)
-        return State(positions=there.positions.to(x.positions.dtype)), there.log_stiff, here.log_stiff
+        return Noted(
+            y=State(positions=there.positions.to(x.positions.dtype)),
+            log_forward=there.log_stiff,
+            log_backward=here.log_stiff,
+            at_x=here.notes(self.molecule),
+            at_y=there.notes(self.molecule),
+        )
 
     def _turned(self, t: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         batch, count = t.shape

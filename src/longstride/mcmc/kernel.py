@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from longstride.flows.notes import Notes
     from longstride.state import State
 
     LogDensity = Callable[[State], Tensor]
@@ -40,11 +41,13 @@ class ChainState:
         log_density: [chain] float64, log of the target density at `state` up to one constant; never recomputed.
         velocities: [chain, atom, 3] nm/ps, Maxwell-Boltzmann and independent of the positions; None until a kernel that
             moves by dynamics has drawn them. Kernels that move positions alone hand them on.
+        notes: what a proposal knows of `state`; None where the last kernel that moved knew nothing.
     """
 
     state: State
     log_density: Tensor
     velocities: Tensor | None = None
+    notes: Notes | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

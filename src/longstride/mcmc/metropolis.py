@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Protocol
+from dataclasses import replace
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import torch
 
 from longstride.errors import DataError
+from longstride.flows.notes import Notes
 from longstride.mcmc.kernel import ChainState, Info, Kernel
 from longstride.state import State
 
@@ -16,6 +18,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from longstride.flows.notes import Noted
     from longstride.mcmc.kernel import LogDensity
     from longstride.potentials.base import Potential
 
@@ -34,6 +37,15 @@ class Proposal(Protocol):
 
     def log_prob(self, y: State, x: State) -> Tensor:
         """Return log q(y | x), [chain]."""
+        ...
+
+
+@runtime_checkable
+class NotingProposal(Protocol):
+    """A proposal that takes notes on x and y, so that each configuration is analysed once while a chain stays there."""
+
+    def propose_noted(self, x: State, notes: Notes | None, generator: torch.Generator) -> Noted:
+        """Draw y from x; `notes` are on x, by whatever kernel moved there, or None."""
         ...
 
 
@@ -61,10 +73,22 @@ def start_chains(log_density: LogDensity, state: State) -> ChainState:
 
 
 def select(accepted: Tensor, proposed: ChainState, current: ChainState) -> ChainState:
-    """Return `proposed` where accepted and `current`, repeated, elsewhere; the velocities are those of `current`."""
+    """Return `proposed` where accepted and `current`, repeated, elsewhere; the velocities are those of `current`.
+
+    Notes stay where both have them, of one owner and one name.
+    """
     positions = torch.where(accepted[:, None, None], proposed.state.positions, current.state.positions)
     log_density = torch.where(accepted, proposed.log_density, current.log_density)
-    return ChainState(state=State(positions=positions), log_density=log_density, velocities=current.velocities)
+    notes = None
+    if proposed.notes is not None and current.notes is not None:
+        there, here = proposed.notes.values, current.notes.of(proposed.notes.owner)
+        shared = {
+            name: torch.where(accepted.view(-1, *(1,) * (value.ndim - 1)), value, here[name])
+            for name, value in there.items()
+            if name in here
+        }
+        notes = Notes(owner=proposed.notes.owner, values=shared)
+    return ChainState(state=State(positions=positions), log_density=log_density, velocities=current.velocities, notes=notes)
 
 
 def log_ratio(at_x: Tensor, at_y: Tensor, log_backward: Tensor, log_forward: Tensor) -> Tensor:
@@ -122,7 +146,35 @@ def metropolis(
             `log_prob` one after the other.
         decide: turns log acceptance ratios into decisions; by default `accept`, with a fresh uniform for each.
     """
+    if propose is None and isinstance(proposal, NotingProposal):
+        return noting(log_density, proposal, label=label, decide=decide)
     return hastings(log_density, propose or draw_and_score(proposal), label=label, decide=decide)
+
+
+def noting(log_density: LogDensity, proposal: NotingProposal, *, label: str, decide: Decide | None = None) -> Kernel:
+    """Return the kernel of `hastings` for a proposal that takes notes, which travel with the chains.
+
+    Args:
+        log_density: log pi up to a constant.
+        proposal: as in `hastings`, both log-densities may lack the same function of (x, y).
+        label: name in `Info`.
+        decide: as in `metropolis`.
+    """
+    choose = decide or accept
+
+    def step(chains: ChainState, generator: torch.Generator) -> tuple[ChainState, Info]:
+        drawn = proposal.propose_noted(chains.state, chains.notes, generator)
+        at_y = log_density(drawn.y)
+        log_alpha = log_ratio(chains.log_density, at_y, drawn.log_backward, drawn.log_forward)
+        accepted = choose(log_alpha, generator)
+        moved = select(
+            accepted,
+            ChainState(state=drawn.y, log_density=at_y, notes=drawn.at_y),
+            replace(chains, notes=drawn.at_x),
+        )
+        return moved, Info(accepted=accepted, log_alpha=log_alpha, label=label, energy_calls=len(at_y))
+
+    return Kernel(step=step, invariance="exact", labels=(label,))
 
 
 def hastings(log_density: LogDensity, propose: Propose, *, label: str, decide: Decide | None = None) -> Kernel:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -144,6 +144,7 @@ def run(
         if step == schedule.burn_in or step % schedule.checkpoint_every == 0 or step == schedule.total:
             begin = _lap(tally, begin, production=step > schedule.burn_in)
             buffer = _checkpoint(folder, step, chains, generator, tally=tally, buffer=buffer)
+            chains = replace(chains, notes=None)  # a checkpoint has none, and both must go on with the same rounding
             begin = _lap(tally, begin, production=step > schedule.burn_in)
         progress.update(step, _note(tally))
     return _collect(folder, tally), tally

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from longstride.mcmc.kernel import Info, Kernel, mixture
-from longstride.mcmc.metropolis import boltzmann, hastings, metropolis
+from longstride.mcmc.metropolis import NotingProposal, boltzmann, metropolis, noting
 from longstride.mcmc.speculative import speculative
 
 if TYPE_CHECKING:
@@ -35,7 +35,8 @@ def flow_moves(
     """
     kernels = []
     for label, proposal in proposals.items():
-        propose = getattr(proposal, "propose", None)
+        noting_itself = batch == 1 and isinstance(proposal, NotingProposal)
+        propose = None if noting_itself else getattr(proposal, "propose", None)
         if batch == 1:
             kernels.append(metropolis(log_density, proposal, label=label, propose=propose))
         else:
@@ -69,7 +70,7 @@ def timewarp(
     jumps = flow_moves(log_density, flow.proposals, flow.probabilities(independent_probability), batch=batch)
     if flow.moves is None or moves_probability == 0:
         return jumps
-    moves = hastings(log_density, flow.moves.propose, label=MOVES)
+    moves = noting(log_density, flow.moves, label=MOVES)
     return mixture((jumps, repeated(moves, batch)), (1.0 - moves_probability, moves_probability))
 
 

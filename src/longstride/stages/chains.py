@@ -18,7 +18,7 @@ from longstride.fingerprints import code_version
 from longstride.flows.transferable import BoundMolecule, TorsionMoves, bind_all
 from longstride.flows.transferable_checkpoint import Physics, load_transferable
 from longstride.mcmc.kernel import Kernel, mixture
-from longstride.mcmc.metropolis import boltzmann, checked_starts, hastings, start_chains
+from longstride.mcmc.metropolis import boltzmann, checked_starts, noting, start_chains
 from longstride.mcmc.run import Saved, Schedule, Tally, run
 from longstride.mcmc.timewarp import MOVES, flow_moves
 from longstride.provenance import provenance
@@ -121,7 +121,7 @@ def peptide_kernel(
         log_density: log pi up to a constant.
         flow_probability: of all flow proposals together.
     """
-    moves = hastings(log_density, TorsionMoves(molecule=molecule).propose, label=MOVES)
+    moves = noting(log_density, TorsionMoves(molecule=molecule), label=MOVES)
     if network is None:
         return moves
     flow = bind_all(network, molecule)
