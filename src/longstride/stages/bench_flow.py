@@ -3,16 +3,18 @@
 Every point (a molecule and a number of chains) is measured in a fresh process with one thread, pinned to a core where one is
 free. Within a point these are timed in turn, round after round after a warm-up, with OpenMM on the same core among them:
 
-    proposal       draws y and scores both directions, log q(y | x) and log q(x | y)
-    step           the proposal, the target energy of y, and the decision: exact Metropolis-Hastings
-    its parts      sampling and scoring by the torsion network, the density of the stiff coordinates (gradients of the force
-                   field for x and one for y), coordinates (conversions and their volumes), target energy
+    proposal       draws y and scores both directions, log q(y | x) and log q(x | y), with nothing known of x
+    step           the proposal, the target energy of y, and the decision: exact Metropolis-Hastings, as along a chain, where
+                   what a proposal needs of x is known since x was proposed (`longstride.flows.notes`)
+    its parts      sampling by the torsion network, the density of the stiff coordinates (two gradients of the force field at
+                   y), coordinates (conversions and their volumes), target energy
     OpenMM         energies one by one, and steps of Langevin dynamics as method `md` makes them, on the CPU platform
 
 Rates are medians over the rounds, ratios medians of the ratios of each round: other work on the machine slows both sides
 alike. All is given in wall time and in processor time; `core_share` is how much of the core the process got, and where it is
 far below 1 only processor time says what an idle core would do. Weights do not change the cost, so an untrained network of
-the default sizes serves where no flow is given. The proposal that does not see x is measured; one that does costs the same.
+the default sizes serves where no flow is given. The proposal that does not see x is measured; one that does has to score x
+from y at every step as well.
 """
 
 from __future__ import annotations
@@ -63,7 +65,7 @@ if TYPE_CHECKING:
 BATCHES, CHAINS = (1, 16, 64, 256, 1024), 256
 ROUNDS, WINDOW_SECONDS = 5, 0.3
 WHOLE = ("proposal", "step")
-PARTS = ("network_sampling", "network_scoring", "stiff_density", "coordinates", "target_energy")
+PARTS = ("network_sampling", "stiff_density", "coordinates", "target_energy")
 ENERGIES, MD_STEPS = "openmm_energies", "openmm_md_steps"
 OPENMM_CONFIGURATIONS, STEPS_PER_CALL, MD_WARM_UP_STEPS = 16, 20, 200
 MEMORY = (
@@ -274,11 +276,11 @@ def untrained() -> TorsionNetwork:
 
 
 def _whole(sampler: Sampler) -> Calls:
-    """Return the proposal alone and the exact step, always from the same x."""
+    """Return the proposal alone and the exact step, always from the same x, in the step with notes on it."""
     kernel = timewarp(sampler.flow, sampler.potential, kT=sampler.kT, independent_probability=1.0)
     chains = start_chains(boltzmann(sampler.potential, sampler.kT), sampler.x)
     generator = torch.Generator().manual_seed(1)
-    info = kernel(chains, generator)[1]
+    chains, info = kernel(chains, generator)
     drawn = len(sampler.proposal.propose(sampler.x, generator)[0].positions)
     return {
         "proposal": (lambda: sampler.proposal.propose(sampler.x, generator), drawn),
@@ -294,12 +296,12 @@ def _parts(sampler: Sampler) -> Calls:
     gaussian, chains = molecule.gaussian, len(x.positions)
     generator = torch.Generator().manual_seed(2)
     y = proposal.propose(x, generator)[0]
-    here = molecule.encode(x.positions)
+    latent = molecule.encode(x.positions).latent
     tokens = proposal.tokens.repeat(chains)
     label = torch.full((chains,), proposal.label)
-    t_x = here.torsions.to(tokens.tokens.dtype)
+    t_x = gaussian.target.split(x.positions)[0].to(tokens.tokens.dtype)
     t_y = network.sample(tokens, network.context(tokens, t_x, label), generator)[0]
-    at_x, at_y = (_with_known(molecule, gaussian.at(t)) for t in (here.torsions, t_y.double()))
+    at_y = _with_known(molecule, gaussian.at(t_y.double()))
 
     def sampling() -> object:
         copies = proposal.tokens.repeat(chains)
@@ -307,9 +309,8 @@ def _parts(sampler: Sampler) -> Calls:
 
     calls: dict[str, Callable[[], object]] = {
         "network_sampling": sampling,
-        "network_scoring": lambda: network.log_prob(tokens, t_x, network.context(tokens, t_y, label)),
-        "stiff_density": lambda: (gaussian.at(here.torsions), gaussian.at(t_y.double())),
-        "coordinates": lambda: (at_x.encode(x.positions), at_y.decode(t_y.double(), here.latent, x.positions)),
+        "stiff_density": lambda: gaussian.at(t_y.double()),
+        "coordinates": lambda: at_y.decode(t_y.double(), latent, x.positions),
         "target_energy": lambda: sampler.potential.energy(y),
     }
     return {name: (torch.no_grad()(calls[name]), chains) for name in PARTS}
