@@ -212,6 +212,12 @@ class TransferConfig(Section):
     max_steps: int = Field(6000, ge=1, description="optimiser steps; the learning rate falls to zero at the last")
     molecules_per_step: int = Field(4, ge=1, description="peptides in a batch")
     samples_per_molecule: int = Field(64, ge=1, description="samples of each peptide in a batch")
+    rare_exponent: float = Field(
+        0.5,
+        ge=0,
+        le=1,
+        description="samples with a rare torsion are drawn (its density)^-exponent as often; 0: all alike",
+    )
     accumulate: int = Field(1, ge=1, description="batches per optimiser step, gradients averaged; memory is that of one batch")
     processes: int = Field(
         1, ge=1, description="processes (torchrun) that train together, each on batches of its own; gradients are averaged"

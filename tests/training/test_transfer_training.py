@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import socket
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ from longstride.seeds import job_seed
 from longstride.training.device import training_device
 from longstride.training.module_state import ModuleState
 from longstride.training.ranks import ALONE, Ranks, joined
-from longstride.training.transfer import Dynamics, MoleculeSamples, negative_log_likelihood, train
+from longstride.training.transfer import Dynamics, MoleculeSamples, leaving, negative_log_likelihood, rarity, train
 
 LAG = 3
 SIZES = TorsionArchitecture(lags_ps=(10.0,), width=16, heads=2, layers=1, message_rounds=2, components=3)
@@ -345,3 +346,37 @@ def test_gradients_that_some_ranks_lack_count_as_zero_there(pair):
         assert found["some"].tolist() == [0.5, 0.5]
         assert found["loss"].tolist() == [0.5]
         assert len(found["made"]) == 1  # of finished work none, of unfinished work once
+
+
+def test_rare_basins_are_drawn_more_often_and_common_states_alike():
+    torch.manual_seed(1)
+    rare = torch.arange(1000) < 20  # a basin of 2 % in the second torsion; the third has twice the period
+    torsions = torch.randn(1000, 3) * 0.3
+    torsions[rare, 1] += 3.0
+    torsions[::2, 2] += torch.pi
+    symmetry = torch.tensor([1.0, 1.0, 2.0])
+    weights = rarity(torsions, symmetry, exponent=0.5)
+    density = 0.02 * 2 * torch.pi / (2 * torch.pi * (0.3**2 + 0.5**2)) ** 0.5  # of the basin, smoothed, at its centre
+    centre = weights[rare][(torsions[rare, 1] - 3.0).abs() < 0.1]
+    assert len(centre) > 2
+    assert torch.allclose(centre, torch.tensor(density**-0.5).double(), rtol=0.15)
+    assert weights[~rare].median() == 1
+    assert bool((rarity(torsions, torch.ones(3), exponent=0.0) == 1).all())
+    samples = molecule("m", 8, 3)
+    samples = replace(samples, features=replace(samples.features, symmetry=symmetry), torsions=torsions, dynamics=None)
+    drawn = samples.rare_more_often(0.5).draw(20000, torch.Generator().manual_seed(2))[1]
+    share = (drawn[:, 1] > 1.8).double().mean().item()
+    expected = (weights[torsions[:, 1] > 1.8].sum() / weights.sum()).item()
+    assert abs(share - expected) < 5 * (expected / 20000) ** 0.5
+    plain = samples.draw(20000, torch.Generator().manual_seed(2))[1]  # negative control
+    assert abs((plain[:, 1] > 1.8).double().mean().item() - expected) > 5 * (expected / 20000) ** 0.5
+
+
+def test_leaving_is_the_acceptance_of_an_independence_sampler():
+    p, q = torch.tensor([0.5, 0.3, 0.2]).double(), torch.tensor([0.1, 0.3, 0.6]).double()
+    w = (p / q).log()
+    draws = torch.multinomial(q, 200_000, replacement=True, generator=torch.Generator().manual_seed(3))
+    found = leaving(w, w[draws])
+    exact = torch.stack([(q * ((p / q) / (p[x] / q[x])).clamp(max=1)).sum() for x in range(3)])
+    assert torch.allclose(found, exact, atol=5e-3)
+    assert leaving(w, torch.tensor([torch.nan, 9.0]).double()).tolist() == [0.5] * 3

@@ -158,6 +158,10 @@ class HeldOut:
                 found[f"validation_acceptance{end}"] = float(np.median(quality[:, 0]))
                 found[f"validation_least_acceptance{end}"] = float(quality[:, 0].min())
                 found[f"validation_log_r_sd{end}"] = float(np.median(quality[:, 1]))
+                if not end:  # the independent label
+                    found["validation_slowest_acceptance"] = float(
+                        np.median([p.slowest(network, seed=self.seed) for p in self.probes])
+                    )
         return found
 
     def by_peptide(self, network: TorsionNetwork) -> dict[str, dict[str, float]]:
@@ -226,6 +230,8 @@ def _load(
     positions = read_arrays(chains / "samples.safetensors")[0]["positions"]
     flat = positions.reshape(-1, *positions.shape[2:])
     samples = MoleculeSamples.of(molecule, flat, kT=thermal_energy(source["temperature_K"]), dynamics=dynamics)
+    if section.rare_exponent:
+        samples = samples.rare_more_often(section.rare_exponent)
     return samples, Physics.of(molecule, source["temperature_K"]), files
 
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from longstride.errors import DataError
-from longstride.flows.torsion_features import TorsionFeatures, torsion_features
+from longstride.flows.torsion_features import TorsionFeatures, reduced, torsion_features
 from longstride.flows.transferable import bind
 from longstride.flows.zmatrix import build_zmatrix
 from longstride.mcmc.metropolis import boltzmann, proposal_quality
@@ -43,6 +43,8 @@ if TYPE_CHECKING:
     from longstride.training.module_state import ModuleState
 
 _MAX_GRADIENT = 1.0
+_SMOOTHING, _SMOOTH_ORDERS = 0.5, 8  # of the density of one torsion: radian, harmonics
+_MOST_RARE = 5.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,12 +106,14 @@ class MoleculeSamples:
         features: of its torsions, in the precision of the network.
         torsions: [sample, torsion] radian float32.
         dynamics: of the molecule, where the network has labels of time lags.
+        weights: [sample], how often each is drawn, up to a constant; None: all alike.
     """
 
     name: str
     features: TorsionFeatures
     torsions: Tensor
     dynamics: Dynamics | None = None
+    weights: Tensor | None = None
 
     def on(self, device: torch.device) -> MoleculeSamples:
         """Return the same with features on a device; samples and dynamics stay where they are until they are drawn."""
@@ -130,6 +134,10 @@ class MoleculeSamples:
         features = torsion_features(system, prepared.openmm_system, zmatrix, prepared.positions, kT)
         return cls(name=system.name, features=features.to(torch.float32), torsions=torsions, dynamics=dynamics)
 
+    def rare_more_often(self, exponent: float) -> MoleculeSamples:
+        """Return the same samples, drawn as often as `rarity` says."""
+        return replace(self, weights=rarity(self.torsions, self.features.symmetry, exponent=exponent))
+
     def draw(self, count: int, generator: torch.Generator, *, label: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Return torsions of x and of y, [count, torsion] each, and labels [count]; x is y where the label is independent.
 
@@ -138,7 +146,11 @@ class MoleculeSamples:
             generator: source of the draw.
             label: of all samples; None draws labels as well.
         """
-        y = self.torsions[torch.randint(len(self.torsions), (count,), generator=generator)]
+        if self.weights is None:
+            chosen = torch.randint(len(self.torsions), (count,), generator=generator)
+        else:
+            chosen = torch.multinomial(self.weights, count, replacement=True, generator=generator)
+        y = self.torsions[chosen]
         if self.dynamics is None:
             return y, y, torch.zeros(count, dtype=torch.int64)
         labels = self.dynamics.labels(count, generator) if label is None else torch.full((count,), label)
@@ -147,6 +159,27 @@ class MoleculeSamples:
             chosen = labels == index
             x[chosen], y[chosen] = self.dynamics.pairs(index, int(chosen.sum()), generator)
         return x, y, labels
+
+
+def rarity(torsions: Tensor, symmetry: Tensor, *, exponent: float) -> Tensor:
+    """Return how much more often samples in rare basins are to be drawn, [sample], 1 to `_MOST_RARE`.
+
+        w = max_k (2 pi p_k(t_k))^-exponent
+
+    with p_k the density of torsion k alone, smoothed over half a radian. What is seen too seldom in training is proposed badly,
+    and a chain that gets there stays: proposals must be at least as broad as the target.
+
+    Args:
+        torsions: [sample, torsion] radian.
+        symmetry: [torsion] symmetry numbers.
+        exponent: 0 draws all samples alike, 1 all sectors of a torsion.
+    """
+    angles = reduced(torsions.double(), symmetry)
+    order = torch.arange(1, _SMOOTH_ORDERS + 1, dtype=torch.float64)
+    waves = torch.exp(1j * angles[..., None] * order)  # [sample, torsion, order]
+    damped = waves.mean(0) * torch.exp(-0.5 * (_SMOOTHING * order).square())
+    relative = 1 + 2 * (damped.conj() * waves).real.sum(-1)  # 2 pi p_k
+    return relative.clamp(min=1e-6).pow(-exponent).amax(1).clamp(1.0, _MOST_RARE)
 
 
 def free_torsions(zmatrix: ZMatrix, positions: np.ndarray) -> Tensor:
@@ -219,6 +252,30 @@ class Probe:
         target = self.molecule.gaussian.target
         log_density = boltzmann(target.potential, target.kT)
         return proposal_quality(log_density, proposal.propose, self.x, torch.Generator().manual_seed(seed))
+
+    def slowest(self, network: TorsionNetwork, *, seed: int) -> float:
+        """Return the acceptance from the frames that independent proposals leave most seldom, the first percentile.
+
+        An independence sampler forgets at the rate of the state it leaves last: from x it goes with probability
+        mean_y min(1, w(y) / w(x)), w = pi / q (Liu 1996, doi:10.1007/BF00162521). A mean acceptance hides such states.
+        """
+        label = len(network.architecture.lags_ps)
+        proposal = bind(network, self.molecule, label=label)
+        target = self.molecule.gaussian.target
+        log_density = boltzmann(target.potential, target.kT)
+        y, log_forward, log_backward = proposal.propose(self.x, torch.Generator().manual_seed(seed))
+        return leaving(log_density(self.x) - log_backward, log_density(y) - log_forward).quantile(0.01).item()
+
+
+def leaving(log_w_x: Tensor, log_w_y: Tensor) -> Tensor:
+    """Return the chance that an independent proposal is accepted from each state, [state].
+
+    Args:
+        log_w_x: [state] log pi - log q of the states.
+        log_w_y: [draw] of draws from q; NaN where invalid, which counts as a rejection.
+    """
+    usable = log_w_y.nan_to_num(nan=-torch.inf, posinf=-torch.inf)
+    return (usable - log_w_x[:, None]).clamp(max=0).exp().mean(1)
 
 
 def train(
