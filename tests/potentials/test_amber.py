@@ -10,6 +10,7 @@ from conftest_potentials import distorted, many, molecule, parametrise
 from openmm import app
 
 from longstride.errors import LongstrideError
+from longstride.potentials import amber
 from longstride.potentials.amber import AmberPotential, compiler_available
 from longstride.potentials.openmm import OpenMMPotential
 from longstride.state import State
@@ -258,13 +259,35 @@ def test_a_failing_toolchain_is_one_line(monkeypatch):
     made = molecule(ALANINE)
 
     def fail(function, **options):
-        def call(x):
+        def call(arrays, x):
             raise torch._dynamo.exc.BackendCompilerFailed(fail, RuntimeError("cc1plus: out of memory"), None)
 
         return call
 
     monkeypatch.setattr(torch, "compile", fail)
     monkeypatch.setattr("longstride.potentials.amber.compiler_available", lambda: True)
+    monkeypatch.setattr("longstride.potentials.amber._COMPILED", {})  # what other tests have compiled
     potential = AmberPotential.from_openmm(made.openmm_system, made.system, name="amber", compile=True)
     with pytest.raises(LongstrideError, match="compile=False"):
         potential.energy(State(positions=distorted(ALANINE)))
+
+
+@pytest.mark.slow
+def test_molecules_share_compiled_code(monkeypatch):
+    """The second molecule compiles nothing, and all agree with the eager evaluation."""
+    monkeypatch.setattr("longstride.potentials.amber._COMPILED", {})
+    torch._dynamo.reset()
+    compile_once = torch._dynamo.config.patch(error_on_recompile=True)
+    for sequence in (ALANINE, "AS", "KD"):
+        made, x = molecule(sequence), State(positions=distorted(sequence))
+        one, other = (
+            AmberPotential.from_openmm(made.openmm_system, made.system, name="amber", compile=flag) for flag in (False, True)
+        )
+        with compile_once:
+            energy, forces = other.energy_forces(x)
+            alone = other.energy(x)
+        expected, expected_forces = one.energy_forces(x)
+        assert torch.allclose(energy, expected, rtol=1e-9, atol=1e-7)
+        assert torch.allclose(forces, expected_forces, rtol=1e-9, atol=1e-6)
+        assert torch.allclose(alone, expected, rtol=1e-9, atol=1e-7)
+    assert len(amber._COMPILED) == 2  # energies, and energies with forces

@@ -9,6 +9,7 @@ Precision: in float32 thermal configurations of 22-77 atoms are wrong by 1e-4 to
 
 from __future__ import annotations
 
+import copy
 import os
 import shutil
 import sysconfig
@@ -30,11 +31,14 @@ if TYPE_CHECKING:
 
     from longstride.state import System
 
+    Arrays = dict[str, Tensor]
+
 # lanes x atoms^2 in one block: temporaries stay in the cache and memory does not grow with the batch. Measured on one
 # core: 22 atoms are fastest at 128-512 lanes, 77 atoms at 32-256, compiled or not.
 BLOCK_ELEMENTS = 500_000
 BLOCK_ELEMENTS_GPU = 200_000_000
 SMALLEST_BLOCK, LARGEST_BLOCK, LARGEST_BLOCK_GPU = 16, 512, 65536
+_COMPILED: dict[tuple[Any, ...], Callable[..., Any]] = {}  # code by structure, precision and device, for all molecules
 VECTOR = 16  # blocks of compiled code are padded to whole vectors, so that a lane's result never depends on its neighbours
 
 
@@ -84,7 +88,7 @@ class AmberPotential:
                 raise LongstrideError(
                     "compile=True needs a C++ compiler and Python's headers: install g++ and python3-dev, or use compile=False"
                 )
-            self._energy, self._energy_gradient = _compiled(terms), _compiled(_traceable_gradient(terms))
+            self._energy, self._energy_gradient = _compiled(terms, _traceable), _compiled(terms, _traceable_gradient)
 
     @classmethod
     def from_openmm(
@@ -106,8 +110,8 @@ class AmberPotential:
             name: label of the target distribution.
             dtype: torch.float64, or torch.float32 for speed.
             device: "cpu", "cuda", ...
-            compile: use torch.compile. The first call of each kind takes 10-40 s (less when cached on disk), later ones
-                are 5-15 times faster.
+            compile: use torch.compile. The first call of each kind takes 10-40 s, later ones are 5-15 times faster. All
+                molecules with the same kinds of terms share the compiled code, which torch also keeps on disk.
 
         Raises:
             LongstrideError: a force or expression that is not supported, by name; no C++ compiler for compile=True.
@@ -164,8 +168,6 @@ class AmberPotential:
         block[..., : len(part)] = part.permute(2, 1, 0)
         if lanes > len(part):
             block[..., len(part) :] = block[..., :1]
-        if self.compiled:
-            torch._dynamo.mark_dynamic(block, 2)
         return block
 
 
@@ -187,34 +189,50 @@ def _eager_gradient(terms: AmberEnergy) -> Callable[[Tensor], tuple[Tensor, Tens
     return evaluate
 
 
-def _traceable_gradient(terms: AmberEnergy) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
-    """Return the same function in the functional form that the compiler can trace as one graph.
+def _traceable(terms: AmberEnergy) -> Callable[[Arrays, Tensor], Tensor]:
+    """Return (arrays, x) -> E [batch] for the arrays of any molecule with the structure of `terms`."""
+
+    def evaluate(arrays: Arrays, x: Tensor) -> Tensor:
+        return torch.func.functional_call(terms, arrays, (x,))
+
+    return evaluate
+
+
+def _traceable_gradient(terms: AmberEnergy) -> Callable[[Arrays, Tensor], tuple[Tensor, Tensor]]:
+    """Return (arrays, x) -> (E, dE/dx) in the functional form that the compiler can trace as one graph.
 
     Compiled so, forward and backward are fused: ten times faster than compiling the energy and calling autograd.
     """
 
-    def total(x: Tensor) -> tuple[Tensor, Tensor]:
-        energy = terms(x)
-        return energy.sum(), energy
+    def evaluate(arrays: Arrays, x: Tensor) -> tuple[Tensor, Tensor]:
+        def total(x: Tensor) -> tuple[Tensor, Tensor]:
+            energy = torch.func.functional_call(terms, arrays, (x,))
+            return energy.sum(), energy
 
-    differentiate = torch.func.grad_and_value(total, has_aux=True)
-
-    def evaluate(x: Tensor) -> tuple[Tensor, Tensor]:
-        gradient, (_, energy) = differentiate(x)
+        gradient, (_, energy) = torch.func.grad_and_value(total, has_aux=True)(x)
         return energy, gradient
 
     return evaluate
 
 
-def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Return the compiled function; a toolchain that fails is a LongstrideError."""
-    # one version for all batch sizes; versions for other molecules must not count against this one's limit
-    options: dict[str, Any] = {"fullgraph": True, "isolate_recompiles": True}
-    compiled = torch.compile(function, **options)
+def _compiled(terms: AmberEnergy, traceable: Callable[[AmberEnergy], Callable[..., Any]]) -> Callable[[Tensor], Any]:
+    """Return x -> the function's value for these terms; a toolchain that fails is a LongstrideError."""
+    arrays = dict(terms.named_buffers())
+    kind = next(iter(arrays.values()))
+    key = (traceable.__name__, terms.structure(), kind.device, tuple(value.dtype for value in arrays.values()))
+    if key not in _COMPILED:
+        # sizes of arrays and batches stay symbols, so that the code serves other molecules; other structures must not count
+        # against this one's limit of versions
+        options: dict[str, Any] = {"fullgraph": True, "dynamic": True, "isolate_recompiles": True}
+        # without arrays of its own: sizes of a module's arrays would be taken for constants
+        _COMPILED[key] = torch.compile(traceable(copy.deepcopy(terms).to("meta")), **options)
+    function = _COMPILED[key]
 
     def call(x: Tensor) -> Any:  # noqa: ANN401 - as the function's
         try:
-            return compiled(x)
+            # two sizes that happen to be equal here are not for the next molecule
+            with torch.fx.experimental._config.patch(use_duck_shape=False):  # type: ignore[attr-defined]
+                return function(arrays, x)
         except torch._dynamo.exc.BackendCompilerFailed as error:
             reason = str(error).strip().splitlines()[0]
             raise LongstrideError(f"torch.compile failed ({reason}); mend the C++ toolchain or use compile=False") from error

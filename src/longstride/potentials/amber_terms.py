@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 Vector = tuple[Tensor, Tensor, Tensor]
 
+HARMONICS = 5  # fewest rows of a table of torsion coefficients; AMBER uses periodicities up to 4
+
 
 def _dot(a: Vector, b: Vector) -> Tensor:
     return a[0] * b[0] + a[1] * b[1] + a[2] * b[2]
@@ -103,17 +105,19 @@ class Torsions(_Term):
     sine: Tensor
 
     def __init__(self, p: TorsionParameters) -> None:
-        super().__init__(atoms=p.atoms.T, cosine=p.cosine.T, sine=p.sine.T)
-        self.odd = bool(np.any(p.sine))
+        # molecules differ in their highest harmonic; with the same number of rows they share compiled code
+        missing = ((0, max(0, HARMONICS - p.cosine.shape[1])), (0, 0))
+        super().__init__(atoms=p.atoms.T, cosine=np.pad(p.cosine.T, missing), sine=np.pad(p.sine.T, missing))
+        self.odd, self.rows = bool(np.any(p.sine)), len(self.cosine)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return E [batch] of x [3, atom, batch]."""
         _, b, m, n = _torsion_frame(x, self.atoms)
         scale = torch.rsqrt(_dot(m, m) * _dot(n, n))
         c = _dot(m, n) * scale
-        energy = self.cosine[0] + self.cosine[1] * c if len(self.cosine) > 1 else self.cosine[0] + 0 * c
+        energy = self.cosine[0] + self.cosine[1] * c
         before, now = torch.ones_like(c), c
-        for k in range(2, len(self.cosine)):
+        for k in range(2, self.rows):
             before, now = now, 2 * c * now - before
             energy = energy + self.cosine[k] * now
         if self.odd:
@@ -123,7 +127,7 @@ class Torsions(_Term):
     def _sine_series(self, s: Tensor, c: Tensor) -> Tensor:
         before, now = torch.zeros_like(s), s
         energy = self.sine[1] * now
-        for k in range(2, len(self.sine)):
+        for k in range(2, self.rows):
             before, now = now, 2 * c * now - before
             energy = energy + self.sine[k] * now
         return energy
@@ -335,3 +339,12 @@ class AmberEnergy(nn.Module):
         for term in self.terms:
             energy = energy + term(x)
         return energy
+
+    def structure(self) -> tuple[Any, ...]:
+        """Return all that makes the code of an evaluation: kinds of terms, constants and names of arrays, not the arrays."""
+
+        def of(module: nn.Module) -> tuple[Any, ...]:
+            constants = sorted((name, value) for name, value in vars(module).items() if not name.startswith("_"))
+            return type(module).__name__, tuple(constants), tuple(dict(module.named_buffers(recurse=False)))
+
+        return tuple((name, *of(module)) for name, module in self.named_modules())
