@@ -91,7 +91,7 @@ class ReferenceConfig(Section):
     checkpoint_every_ps: float = Field(20.0, gt=0, description="simulated time between checkpoints")
     compile_energy: bool | None = Field(
         None,
-        description="engine batched: compile the forces, ten times faster after 10-40 s; null: where there is a C++ compiler",
+        description="engine batched: compile forces, ten times faster after 10-40 s once; null: where a C++ compiler is found",
     )
 
     @model_validator(mode="after")
@@ -180,7 +180,8 @@ class ChainsConfig(Section):
     save_every: int = Field(20, ge=1, description="proposals between saved states")
     flow_probability: float = Field(0.5, ge=0, le=1, description="share of flow proposals, where there is a flow")
     compile_energy: bool | None = Field(
-        None, description="compile the target energy, several times faster after 10-60 s; null: where a C++ compiler is found"
+        None,
+        description="compile the target energy, several times faster after 10-40 s once; null: where a C++ compiler is found",
     )
     fitted_states: int = Field(300, ge=10, description=FITTED_STATES)
     checkpoint_every: int = Field(200, ge=1, description="proposals between checkpoints")
@@ -298,7 +299,8 @@ class TunedMDSampling(Section):
     save_every_ps: float = Field(0.2, gt=0, description="time between saved frames")
     checkpoint_every_ps: float = Field(20.0, gt=0, description="simulated time between checkpoints")
     compile_energy: bool | None = Field(
-        None, description="compile the forces, ten times faster after 10-40 s; null: where a C++ compiler is found"
+        None,
+        description="compile the forces, ten times faster after 10-40 s once; null: where a C++ compiler is found",
     )
 
     @model_validator(mode="after")
@@ -318,7 +320,8 @@ class FlowSampling(Section):
         0.3, ge=0, le=1, description="probability of a proposal that does not see x; the lags share the rest"
     )
     compile_energy: bool | None = Field(
-        None, description="compile the target energy, several times faster after 10-40 s; null: where a C++ compiler is found"
+        None,
+        description="compile the target energy, several times faster after 10-40 s once; null: where a C++ compiler is found",
     )
     checkpoint_every: int = Field(200, ge=1, description="proposals between checkpoints")
     burn_in: int = Field(100, ge=0, description="proposals per chain discarded before the first saved one")
@@ -446,7 +449,8 @@ class FreeEnergyConfig(Section):
     bootstrap: int = Field(40, ge=20, description="bootstrap replicates over blocks of time")
     energies: Energies = Field("batched", description=ENERGIES)
     compile_energy: bool | None = Field(
-        None, description="compile the target energy, several times faster after 10-40 s; null: where a C++ compiler is found"
+        None,
+        description="compile the target energy, several times faster after 10-40 s once; null: where a C++ compiler is found",
     )
     checkpoint_every_ps: float = Field(2.0, gt=0, description="simulated time between checkpoints")
 
