@@ -152,3 +152,20 @@ def test_lags_longer_than_the_data_are_labelled():
     found = implied_timescales([np.array([0, 1] * 10)], states=2, lag=10, count=2, replicates=20, seed=0)
     assert np.isnan(found.values).all()
     assert "shorter than three lags" in found.note
+
+
+def test_a_crossing_that_replicates_miss_makes_the_slowest_timescale_longer_not_shorter():
+    """Two pairs of states, one crossing each way: replicates without one of them must not report the fast process."""
+    generator = np.random.default_rng(6)
+    paths = []
+    for k in range(20):
+        inside = generator.integers(0, 2, size=400) + (0 if k % 2 else 2)
+        if k < 2:  # one trajectory crosses in each direction
+            inside[200:] = generator.integers(0, 2, size=200) + (2 if k % 2 else 0)
+        paths.append(inside)
+    found = implied_timescales(paths, states=4, lag=1, count=2, replicates=100, seed=0)
+    assert found.low[0] > 100
+    assert found.low[0] < found.values[0] < found.high[0]
+    counts = segment_counts(paths, segment_of_frames([len(p) for p in paths]), states=4, lag=1)
+    alone = [fit_msm(np.delete(counts, k, axis=0).sum(0)) for k in range(len(counts))]  # negative control
+    assert min(len(model.states) for model in alone) == 2
