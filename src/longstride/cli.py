@@ -144,6 +144,9 @@ def _add_transfer(commands: Any) -> None:  # noqa: ANN401 - argparse keeps its s
     folders = "prepare, chains and, for time lags, reference folders, joined by colons: PREPARED:CHAINS[:REFERENCE]"
     transfer.add_argument("--training", nargs="+", required=True, metavar="FOLDERS", help=f"training peptides: {folders}")
     transfer.add_argument("--held-out", nargs="*", default=[], metavar="FOLDERS", help="held-out peptides, likewise")
+    transfer.add_argument(
+        "--start", type=Path, metavar="DIR", help="flow whose weights training starts from (default: random weights)"
+    )
 
 
 def _add_sample(commands: Any) -> None:  # noqa: ANN401 - argparse keeps its subparser type private
@@ -386,9 +389,11 @@ def _train_transfer(options: argparse.Namespace) -> None:
         options.set_processes = str(count)
     config = _load(options, "transfer")
     training, validation = ([_peptide(text) for text in texts] for texts in (options.training, options.held_out))
-    job = {"training": training, "validation": validation, **_folders_of(options), "threads": options.threads}
+    job = {"training": training, "validation": validation, "start": options.start, **_folders_of(options)}
+    job["threads"] = options.threads
     view = {**cfg.stage_view(config, "transfer"), "held_out": len(validation)}
     folders = [folder for peptide in (*training, *validation) for folder in peptide]
+    folders += [options.start] if options.start else []
     with train_transfer.together(config.transfer) as ranks:
         work = partial(train_transfer.run, config.transfer, **job, seed=_seed(config, "transfer"), ranks=ranks)
         ranks.once(lambda make: _once(options, module="train_transfer", view=view, inputs=folders, make=make), work)

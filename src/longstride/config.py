@@ -210,7 +210,12 @@ class TransferConfig(Section):
     independent_fraction: float = Field(
         0.5, gt=0, lt=1, description="fraction of a batch that trains the independent label, where there are lags"
     )
-    max_steps: int = Field(6000, ge=1, description="optimiser steps; the learning rate falls to zero at the last")
+    max_steps: int = Field(6000, ge=0, description="optimiser steps by likelihood; the learning rate falls to zero at the last")
+    acceptance_steps: int = Field(
+        0, ge=0, description="further steps that raise the acceptance of independent proposals as well; 0: likelihood alone"
+    )
+    acceptance_rate: float = Field(3e-4, gt=0, description="peak learning rate of those steps")
+    acceptance_weight: float = Field(1.0, gt=0, description="of -log(acceptance) beside the likelihood per torsion")
     molecules_per_step: int = Field(4, ge=1, description="peptides in a batch")
     samples_per_molecule: int = Field(64, ge=1, description="samples of each peptide in a batch")
     rare_exponent: float = Field(

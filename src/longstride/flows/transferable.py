@@ -50,6 +50,10 @@ class Encoded:
     latent: Tensor
     log_stiff: Tensor
 
+    def at(self, chosen: Tensor) -> Encoded:
+        """Return some of the configurations, [chosen] int64 or bool."""
+        return Encoded(**{name: value[chosen] for name, value in vars(self).items()})
+
     def notes(self, owner: BoundMolecule, **more: Tensor) -> Notes:
         """Return what the next proposal from here needs, with more values of the caller's."""
         values = {name: getattr(self, name) for name in ("torsions", "latent", "log_stiff")}

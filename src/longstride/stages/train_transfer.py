@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -20,13 +21,14 @@ from longstride.errors import ConfigError, DataError
 from longstride.fingerprints import code_version
 from longstride.flows.torsion_network import TorsionArchitecture, TorsionNetwork, log_uniform
 from longstride.flows.transferable import BoundMolecule
-from longstride.flows.transferable_checkpoint import Physics, save_transferable
+from longstride.flows.transferable_checkpoint import Physics, load_transferable, save_transferable
 from longstride.flows.zmatrix import build_zmatrix
 from longstride.potentials.amber import AmberPotential
 from longstride.provenance import provenance
 from longstride.seeds import job_seed
 from longstride.state import State
 from longstride.systems import load_prepared
+from longstride.training.acceptance import Frames
 from longstride.training.device import training_device
 from longstride.training.module_state import ModuleState
 from longstride.training.ranks import ALONE, Ranks, joined
@@ -34,14 +36,17 @@ from longstride.training.transfer import Dynamics, MoleculeSamples, Probe, free_
 from longstride.units import thermal_energy
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
+
+    from torch import Tensor
 
     from longstride.config import TransferConfig
     from longstride.systems import Prepared
 
 THREADS = 1  # batches are small, and the order of sums must not depend on the machine's load
 HELD_OUT_SAMPLES = 512
+TUNING_FRAMES = 512  # of each training peptide, from which acceptance is trained
 _KEY = "transfer.device"
 
 # folders of the prepare, of the chains and, where there are lags, of the reference stage
@@ -57,6 +62,7 @@ def run(
     state: Path,
     seed: int,
     threads: int,
+    start: Path | None = None,
     ranks: Ranks = ALONE,
 ) -> None:
     """Write `model.safetensors`, `metrics.csv` and the manifest; continue from `state` where an earlier attempt stopped.
@@ -72,6 +78,7 @@ def run(
         state: folder for checkpoints.
         seed: of the job.
         threads: cores granted to this process.
+        start: folder of a flow whose weights training starts from; None: random weights.
         ranks: this process among those that train together.
 
     Raises:
@@ -84,16 +91,18 @@ def run(
     _check_count(section, ranks)
     torch.set_num_threads(min(threads, THREADS))
     kept, held_out, physics, files = _load_all(section, training, validation)
-    trainer = _untrained(section, seed, ranks)
+    trainer = _untrained(section, seed, ranks, start=start, physics=physics)
     kept = [molecule.on(trainer.module.start.device) for molecule in kept]
     probed = validation if section.acceptance_frames and ranks.first else ()
     probes = [_probe(section, *peptide[:2], physics) for peptide in probed]
     unseen = HeldOut(molecules=held_out, probes=probes, seed=job_seed(seed, "held-out"))
     # a checkpoint continues on any device; that of another number of processes is refused, which keeps the work in it
     settings = section.model_dump(exclude={"device", "processes"})
-    key = fingerprint(settings, files, seed, code_version("train_transfer"))
+    before = None if start is None else read_manifest(start, kind="transferable")["files"]
+    key = fingerprint(settings, files, before, seed, code_version("train_transfer"))
+    frames = _frames(section, training, kept, physics) if section.acceptance_steps else None
     with open_state(state, key) if ranks.first else contextlib.nullcontext(StateFolder(state)) as folder:
-        train(trainer, kept, section, evaluate=unseen.metrics, folder=folder)
+        train(trainer, kept, section, frames=frames, evaluate=unseen.metrics, folder=folder)
         if not ranks.first:
             return
         content: dict[str, Any] = {
@@ -102,6 +111,8 @@ def run(
             **unseen.by_peptide(trainer.module),
             "samples": sum(len(m.torsions) for m in kept),
             "steps": trainer.step,
+            "acceptance_steps": section.acceptance_steps,
+            "started_from": before,
             "train_wall_s": trainer.wall_s,
             "processes": ranks.count,
             "device": str(trainer.module.start.device),
@@ -255,14 +266,35 @@ def _dynamics(
 
 def _probe(section: TransferConfig, prepared: Path, chains: Path, physics: Physics) -> Probe:
     """Return what measures acceptance on a held-out peptide, from frames spread over its chains."""
+    bound, positions = _bound(section, prepared, chains, physics, count=section.acceptance_frames)
+    return Probe(molecule=bound, x=State(positions=positions))
+
+
+def _frames(
+    section: TransferConfig, training: Sequence[Peptide], molecules: Sequence[MoleculeSamples], physics: Physics
+) -> Callable[[int], Frames]:
+    """Return what gives the frames of a training peptide by its index; each is made ready when it is first asked for."""
+
+    @functools.cache
+    def frames(index: int) -> Frames:
+        bound, positions = _bound(section, *training[index][:2], physics, count=TUNING_FRAMES)
+        return Frames.of(bound, molecules[index].features.to(device=torch.device("cpu")), positions)
+
+    return frames
+
+
+def _bound(
+    section: TransferConfig, prepared: Path, chains: Path, physics: Physics, *, count: int
+) -> tuple[BoundMolecule, Tensor]:
+    """Return a peptide ready for proposals, and frames [frame, atom, 3] nm spread over its chains, at most `count`."""
     molecule = load_prepared(prepared)
     potential = AmberPotential.from_openmm(molecule.openmm_system, molecule.system, name=molecule.target)
     positions = read_arrays(chains / "samples.safetensors")[0]["positions"]
     flat = positions.reshape(-1, *positions.shape[2:])
-    spread = np.linspace(0, len(flat) - 1, min(section.acceptance_frames, len(flat))).astype(int)
+    spread = np.linspace(0, len(flat) - 1, min(count, len(flat))).astype(int)
     kT = thermal_energy(physics.temperature_K)
     bound = BoundMolecule.of(molecule, potential, kT=kT, fitted_states=section.fitted_states)
-    return Probe(molecule=bound, x=State(positions=torch.from_numpy(flat[spread]).double()))
+    return bound, torch.from_numpy(flat[spread]).double()
 
 
 def _one_physics(loaded: Sequence[tuple[MoleculeSamples, Physics, dict[str, Any]]]) -> Physics:
@@ -272,10 +304,15 @@ def _one_physics(loaded: Sequence[tuple[MoleculeSamples, Physics, dict[str, Any]
     return found.pop()
 
 
-def _untrained(section: TransferConfig, seed: int, ranks: Ranks) -> ModuleState[TorsionNetwork]:
+def _untrained(
+    section: TransferConfig, seed: int, ranks: Ranks, *, start: Path | None, physics: Physics
+) -> ModuleState[TorsionNetwork]:
     device = training_device(section.device, key=_KEY, index=ranks.local)
+    network = _network(section, job_seed(seed, "weights"))
+    if start is not None:
+        network = _started(start, sizes=network.architecture, physics=physics)
     return ModuleState.fresh(
-        _network(section, job_seed(seed, "weights")).to(device),
+        network.to(device),
         learning_rate=section.learning_rate,
         weight_decay=section.weight_decay,
         rate_key="transfer.learning_rate",
@@ -283,6 +320,17 @@ def _untrained(section: TransferConfig, seed: int, ranks: Ranks) -> ModuleState[
         seed=job_seed(seed, "training", *([] if ranks.first else [ranks.rank])),
         ranks=ranks,
     )
+
+
+def _started(start: Path, *, sizes: TorsionArchitecture, physics: Physics) -> TorsionNetwork:
+    """Return the network of a folder, ready to be trained further."""
+    path = start / "model.safetensors"
+    network, trained_for = load_transferable(path)
+    trained_for.check(physics, path=path)
+    for name, was in vars(network.architecture).items():
+        if was != (asked := getattr(sizes, name)):
+            raise DataError(f"{path} has {name} {was}, not {asked}; set transfer.{name} as there, or start from another flow")
+    return network.train().requires_grad_()
 
 
 def _network(section: TransferConfig, seed: int) -> TorsionNetwork:

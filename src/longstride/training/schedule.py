@@ -37,12 +37,14 @@ class RateSchedule:
         warm_up: steps over which the rate rises to it.
         total: steps of a training that no time limit ends.
         max_seconds: the time limit.
+        begin: the first step; the other attributes count from there.
     """
 
     peak: float
     warm_up: int
     total: int
     max_seconds: float = math.inf
+    begin: int = 0
 
     def rate(self, state: ModuleState[Any]) -> float:
         """Return the rate of the step that `state` is about to make."""
@@ -53,9 +55,10 @@ class RateSchedule:
 
     def last_step(self, state: ModuleState[Any]) -> int:
         """Return how many steps training will have made at its end, as far as is known now."""
+        planned = self.begin + self.total
         if state.cooldown_from is None:
-            return self.total
-        return min(self.total, state.cooldown_from + self._cooldown)
+            return planned
+        return min(planned, state.cooldown_from + self._cooldown)
 
     def count(self, state: ModuleState[Any], wall_s: float) -> None:
         """Note the seconds spent so far; past the time limit the early end begins at the present step."""
@@ -64,7 +67,7 @@ class RateSchedule:
             state.cooldown_from = state.step
 
     def _planned(self, step: int) -> float:
-        return learning_rate(step, peak=self.peak, warm_up=self.warm_up, total=self.total)
+        return learning_rate(step - self.begin, peak=self.peak, warm_up=self.warm_up, total=self.total)
 
     @property
     def _cooldown(self) -> int:

@@ -5,7 +5,8 @@
 A batch holds the same number of samples from each of a few random molecules, so that small and large ones count alike. The
 samples of a molecule are positions of an exact chain at equilibrium; they train the independent label, which does not see x.
 Where the network has labels of time lags, the other samples are pairs (x(t), x(t + tau)) from molecular dynamics, used in both
-directions of time. Held-out molecules, whose sequences no step sees, give the validation loss.
+directions of time. In a second part, acceptance is a goal beside the likelihood (`acceptance`). Held-out molecules, whose
+sequences no step sees, give the validation loss.
 
 A step follows the mean gradient of `accumulate` batches in each of the processes that train together; memory is that of one
 batch. Samples are drawn on the CPU, from a random stream of every process, and move to the network's device.
@@ -25,6 +26,7 @@ from longstride.flows.transferable import bind
 from longstride.flows.zmatrix import build_zmatrix
 from longstride.mcmc.metropolis import boltzmann, proposal_quality
 from longstride.progress import Progress
+from longstride.training.acceptance import acceptance_losses
 from longstride.training.schedule import RateSchedule
 
 if TYPE_CHECKING:
@@ -40,6 +42,7 @@ if TYPE_CHECKING:
     from longstride.flows.zmatrix import ZMatrix
     from longstride.state import State
     from longstride.systems import Prepared
+    from longstride.training.acceptance import Frames
     from longstride.training.module_state import ModuleState
 
 _MAX_GRADIENT = 1.0
@@ -283,15 +286,19 @@ def train(
     molecules: Sequence[MoleculeSamples],
     section: TransferConfig,
     *,
+    frames: Callable[[int], Frames] | None = None,
     evaluate: Callable[[TorsionNetwork], dict[str, float]] | None = None,
     folder: StateFolder | None = None,
 ) -> None:
-    """Train to `section.max_steps`, leaving the averaged weights in `state.module`.
+    """Train by likelihood for `section.max_steps`, then for `section.acceptance_steps` by acceptance as well.
+
+    The second part starts from the averaged weights with a fresh optimiser. The averaged weights stay in `state.module`.
 
     Args:
         state: where training stands; continues from the newest checkpoint in `folder`.
         molecules: the training molecules, their features on the network's device; the same in all ranks.
         section: sizes and rates.
+        frames: of a training molecule by its index, for the second part; None: there is no second part.
         evaluate: metrics of a network with averaged weights, called every `section.metrics_every_steps` in the first rank.
         folder: where checkpoints go.
 
@@ -300,21 +307,26 @@ def train(
         LongstrideError: another rank ended.
         NumericsError: training diverged.
     """
-    network = state.module
     if folder is not None:
         state.load(folder)
-    schedule = RateSchedule(peak=section.learning_rate, warm_up=section.warm_up_steps, total=section.max_steps)
-    progress = Progress("transferable flow", section.max_steps, "steps", start=state.step)
+    first = RateSchedule(peak=section.learning_rate, warm_up=section.warm_up_steps, total=section.max_steps)
+    more = 0 if frames is None else section.acceptance_steps
+    second = RateSchedule(peak=section.acceptance_rate, warm_up=section.warm_up_steps, total=more, begin=section.max_steps)
+    progress = Progress("transferable flow", section.max_steps + more, "steps", start=state.step)
     begin = time.monotonic() - state.wall_s
-    while state.step < schedule.last_step(state):
-        losses = _losses(network, molecules, section, state.generator)
+    for step in range(state.step, section.max_steps + more):
+        schedule, tuned = (first, None) if step < section.max_steps else (second, frames)
+        if tuned is not None and step == section.max_steps:
+            state.adopt_average()
+            state.optimizer.state.clear()
+        losses = _losses(state.module, molecules, section, state.generator, frames=tuned)
         loss = state.update_from(losses, rate=schedule.rate(state), decay=section.ema_decay, max_gradient=_MAX_GRADIENT)
         schedule.count(state, time.monotonic() - begin)
-        last = state.step == schedule.last_step(state)
+        last = state.step == section.max_steps + more
         if evaluate is not None and state.ranks.first and (last or state.step % section.metrics_every_steps == 0):
             with state.averaged():
                 row = {"step": float(state.step), "wall_s": state.wall_s, "train_nll_per_torsion": loss.item()}
-                state.rows.append(row | evaluate(network))
+                state.rows.append(row | evaluate(state.module))
         if folder is not None and not last and state.step % section.checkpoint_every_steps == 0:
             state.save(folder)
         if state.ranks.first:
@@ -323,13 +335,22 @@ def train(
 
 
 def _losses(
-    network: TorsionNetwork, molecules: Sequence[MoleculeSamples], section: TransferConfig, generator: torch.Generator
+    network: TorsionNetwork,
+    molecules: Sequence[MoleculeSamples],
+    section: TransferConfig,
+    generator: torch.Generator,
+    *,
+    frames: Callable[[int], Frames] | None,
 ) -> Iterator[Tensor]:
-    """Yield the losses [] of the batches of one step, each drawn when it is asked for."""
+    """Yield the losses [] of the batches of one step, each drawn when it is asked for; acceptance adds to gradients alone."""
     low, device = section.precision == "bfloat16", network.start.device.type
     for _ in range(section.accumulate):
         chosen = torch.randperm(len(molecules), generator=generator)[: section.molecules_per_step].tolist()
         batch = [molecules[index] for index in chosen]
         with torch.autocast(device, dtype=torch.bfloat16, enabled=low):
             losses = negative_log_likelihood(network, batch, section.samples_per_molecule, generator)
-        yield losses.mean()
+        loss = losses.mean()
+        if frames is not None:
+            lost = acceptance_losses(network, [frames(index) for index in chosen], section.samples_per_molecule, generator)
+            loss = loss + section.acceptance_weight * (lost - lost.detach())
+        yield loss
