@@ -29,6 +29,7 @@ from longstride.stages import reference, train_transfer
 from longstride.stages.chains import run_chains
 from longstride.stages.sample_flow import run_explore, run_timewarp
 from longstride.systems import prepare_sequence, save_prepared
+from longstride.training import module_state
 from molecules import PHYSICS
 
 CHAINS = ChainsConfig(chains=16, steps=24, burn_in=8, save_every=4, compile_energy=False, checkpoint_every=8, fitted_states=20)
@@ -42,6 +43,7 @@ DYNAMICS = ReferenceConfig(
     compile_energy=False,
 )  # fmt: skip
 LAGS = TRANSFER.model_copy(update={"lags_ps": (0.04, 0.1)})
+TUNED = TRANSFER.model_copy(update={"acceptance_steps": 60, "acceptance_rate": 3e-3, "acceptance_weight": 4.0})
 PEPTIDES = ("ACE-GLY-NME", "GA", "AG")
 
 
@@ -67,14 +69,20 @@ def train(base, out, *, training=PEPTIDES[:2], validation=PEPTIDES[2:], section=
     return train_on(pairs[0], out, validation=pairs[1], section=section)
 
 
-def train_on(pairs, out, *, validation=(), section=TRANSFER):
-    train_transfer.run(section, training=pairs, validation=validation, out=out, state=out.parent / "state", seed=3, threads=1)
+def train_on(pairs, out, *, validation=(), section=TRANSFER, start=None):
+    job = {"training": pairs, "validation": validation, "out": out, "state": out.parent / "state", "start": start}
+    train_transfer.run(section, **job, seed=3, threads=1)
     return out
 
 
 @pytest.fixture(scope="module")
 def trained(folders):
     return train(folders, folders / "model")
+
+
+@pytest.fixture(scope="module")
+def tuned(folders):
+    return train(folders, folders / "tuned" / "model", section=TUNED)
 
 
 @pytest.fixture(scope="module")
@@ -213,21 +221,48 @@ def test_chains_continue_with_the_same_samples(folders, monkeypatch, tmp_path):
     assert not np.array_equal(whole["positions"], read_arrays(other / "samples.safetensors")[0]["positions"])
 
 
-@pytest.mark.parametrize("lags", [False, True], ids=["independent", "lags"])
-def test_training_continues_with_the_same_weights(lags, folders, request, monkeypatch, tmp_path):
-    from longstride.training import module_state
+def test_training_by_acceptance_raises_it_on_training_peptides(folders, trained, tuned):
+    manifest = read_manifest(tuned, kind="transferable")
+    assert (manifest["steps"], manifest["acceptance_steps"]) == (120, 60)
+    same_steps = TUNED.model_copy(update={"acceptance_weight": 1e-9})  # negative control: likelihood alone
+    control = train(folders, folders / "control" / "model", section=same_steps)
+    networks, physics = zip(*(load_transferable(p / "model.safetensors") for p in (tuned, control)), strict=True)
+    probe = train_transfer._probe(TRANSFER, folders / "GA", folders / "chains-GA", physics[0])
+    raised, plain = (probe.measure(network, label=0, seed=1)[0] for network in networks)
+    print(raised, plain)
+    assert raised > 1.1 * plain
 
-    whole = request.getfixturevalue("lagged" if lags else "trained")
-    peptides = (
-        request.getfixturevalue("peptides") if lags else [(folders / name, folders / f"chains-{name}") for name in PEPTIDES]
-    )
-    job = {"validation": peptides[2:], "section": LAGS if lags else TRANSFER}
+
+def test_training_starts_from_another_flow(folders, trained, tmp_path):
+    section = TUNED.model_copy(update={"max_steps": 0, "acceptance_steps": 0})
+    pairs = [(folders / name, folders / f"chains-{name}") for name in PEPTIDES[:2]]
+    same = train_on(pairs, tmp_path / "same", section=section, start=trained)
+    one, two = (read_arrays(folder / "model.safetensors")[0] for folder in (trained, same))
+    assert all(np.array_equal(value, two[name]) for name, value in one.items())
+    before = read_manifest(trained, kind="transferable")["files"]
+    assert read_manifest(same, kind="transferable")["started_from"] == before
+    with pytest.raises(DataError, match=r"has width 16, not 24; set transfer\.width as there"):
+        train_on(pairs, tmp_path / "wide", section=section.model_copy(update={"width": 24}), start=trained)
+    with pytest.raises(DataError, match="describes 'samples', expected 'transferable'"):
+        train_on(pairs, tmp_path / "none", section=section, start=folders / "chains-AG")
+
+
+@pytest.mark.parametrize("case", ["trained 2", "lagged 2", "tuned 3", "tuned 4"])
+def test_training_continues_with_the_same_weights(case, folders, request, monkeypatch, tmp_path):
+    """Killed after some checkpoint; the third of `tuned` lies where its second part begins."""
+    kind, saves = case.split()
+    whole = request.getfixturevalue(kind)
+    if kind == "lagged":
+        peptides = request.getfixturevalue("peptides")
+    else:
+        peptides = [(folders / name, folders / f"chains-{name}") for name in PEPTIDES]
+    job = {"validation": peptides[2:], "section": {"trained": TRANSFER, "lagged": LAGS, "tuned": TUNED}[kind]}
     save, count = module_state.ModuleState.save, [0]
 
     def dying(self, folder):
         save(self, folder)
         count[0] += 1
-        if count[0] == 2:
+        if count[0] == int(saves):
             raise Kill
 
     monkeypatch.setattr(module_state.ModuleState, "save", dying)

@@ -91,6 +91,7 @@ def run(
     _check_count(section, ranks)
     torch.set_num_threads(min(threads, THREADS))
     kept, held_out, physics, files = _load_all(section, training, validation)
+    before = None if start is None else read_manifest(start, kind="transferable")["files"]
     trainer = _untrained(section, seed, ranks, start=start, physics=physics)
     kept = [molecule.on(trainer.module.start.device) for molecule in kept]
     probed = validation if section.acceptance_frames and ranks.first else ()
@@ -98,7 +99,6 @@ def run(
     unseen = HeldOut(molecules=held_out, probes=probes, seed=job_seed(seed, "held-out"))
     # a checkpoint continues on any device; that of another number of processes is refused, which keeps the work in it
     settings = section.model_dump(exclude={"device", "processes"})
-    before = None if start is None else read_manifest(start, kind="transferable")["files"]
     key = fingerprint(settings, files, before, seed, code_version("train_transfer"))
     frames = _frames(section, training, kept, physics) if section.acceptance_steps else None
     with open_state(state, key) if ranks.first else contextlib.nullcontext(StateFolder(state)) as folder:
