@@ -221,6 +221,7 @@ def test_chains_continue_with_the_same_samples(folders, monkeypatch, tmp_path):
     assert not np.array_equal(whole["positions"], read_arrays(other / "samples.safetensors")[0]["positions"])
 
 
+@pytest.mark.slow
 def test_training_by_acceptance_raises_it_on_training_peptides(folders, trained, tuned):
     manifest = read_manifest(tuned, kind="transferable")
     assert (manifest["steps"], manifest["acceptance_steps"]) == (120, 60)
@@ -229,7 +230,6 @@ def test_training_by_acceptance_raises_it_on_training_peptides(folders, trained,
     networks, physics = zip(*(load_transferable(p / "model.safetensors") for p in (tuned, control)), strict=True)
     probe = train_transfer._probe(TRANSFER, folders / "GA", folders / "chains-GA", physics[0])
     raised, plain = (probe.measure(network, label=0, seed=1)[0] for network in networks)
-    print(raised, plain)
     assert raised > 1.1 * plain
 
 
@@ -247,7 +247,10 @@ def test_training_starts_from_another_flow(folders, trained, tmp_path):
         train_on(pairs, tmp_path / "none", section=section, start=folders / "chains-AG")
 
 
-@pytest.mark.parametrize("case", ["trained 2", "lagged 2", "tuned 3", "tuned 4"])
+SLOW_CASES = [pytest.param(f"tuned {saves}", marks=pytest.mark.slow) for saves in (3, 4)]
+
+
+@pytest.mark.parametrize("case", ["trained 2", "lagged 2", *SLOW_CASES])
 def test_training_continues_with_the_same_weights(case, folders, request, monkeypatch, tmp_path):
     """Killed after some checkpoint; the third of `tuned` lies where its second part begins."""
     kind, saves = case.split()
