@@ -6,6 +6,7 @@ trajectory has no time.
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from dataclasses import dataclass
 
@@ -21,7 +22,7 @@ from longstride.analysis.bootstrap import multiplicities
 KMEANS_FRAMES = 50_000
 CLUSTER_TICS = 4
 SEGMENTS = 40
-_TRACE = 1e-3  # share of all counts that every bootstrap replicate keeps
+_TRACES = (1e-3, 1e-2, 1e-1)  # shares of all counts that a bootstrap replicate keeps: the first with which it can be estimated
 REPLICATE_TOLERANCE = 1e-5
 
 
@@ -215,6 +216,18 @@ class ImpliedTimescales:
     note: str = ""
 
 
+def _replica(weight: np.ndarray, counts: np.ndarray) -> MarkovModel | None:
+    """Return the MSM of counts [segment, state, state] drawn [segment] times and a trace of all; None where there is none.
+
+    A state that is left often and entered by the trace alone has a stationary probability too small for the estimator; a larger
+    trace then takes its place.
+    """
+    for trace in _TRACES:
+        with contextlib.suppress(RuntimeError):  # deeptime: a stationary probability underflows
+            return fit_msm(np.tensordot(weight + trace, counts, axes=1), tolerance=REPLICATE_TOLERANCE)
+    return None
+
+
 def implied_timescales(
     paths: list[np.ndarray], *, states: int, lag: int, count: int, replicates: int, seed: int
 ) -> ImpliedTimescales:
@@ -244,7 +257,7 @@ def implied_timescales(
     for row, weight in enumerate(drawn):
         # a replicate that misses one direction of a rare crossing has not lost that process, it has not resolved it: what all
         # of the data connect stays connected, by a trace, and its timescale is long
-        replica = fit_msm(np.tensordot(weight + _TRACE, counts, axes=1), tolerance=REPLICATE_TOLERANCE)
+        replica = _replica(weight, counts)
         if replica is not None:
             samples[row] = replica.timescales(lag=lag, count=count)
     with warnings.catch_warnings():
