@@ -19,7 +19,7 @@ from longstride.cli import main
 from longstride.config import ChainsConfig, ExploreSampling, PhysicsConfig, ReferenceConfig, TimewarpSampling, TransferConfig
 from longstride.data.atomic import read_arrays
 from longstride.data.manifest import read_manifest, write_manifest
-from longstride.errors import DataError, NumericsError
+from longstride.errors import ConfigError, DataError, NumericsError
 from longstride.flows.torsion_network import log_uniform
 from longstride.flows.transferable import BoundMolecule
 from longstride.flows.transferable_checkpoint import load_transferable
@@ -245,6 +245,8 @@ def test_training_starts_from_another_flow(folders, trained, tmp_path):
         train_on(pairs, tmp_path / "wide", section=section.model_copy(update={"width": 24}), start=trained)
     with pytest.raises(DataError, match="describes 'samples', expected 'transferable'"):
         train_on(pairs, tmp_path / "none", section=section, start=folders / "chains-AG")
+    with pytest.raises(ConfigError, match=r"max_steps is 0, and there is no flow to start from: give steps, or --start DIR"):
+        train_on(pairs, tmp_path / "nothing", section=section)
 
 
 SLOW_CASES = [pytest.param(f"tuned {saves}", marks=pytest.mark.slow) for saves in (3, 4)]

@@ -6,7 +6,6 @@ trajectory has no time.
 
 from __future__ import annotations
 
-import contextlib
 import warnings
 from dataclasses import dataclass
 
@@ -223,8 +222,11 @@ def _replica(weight: np.ndarray, counts: np.ndarray) -> MarkovModel | None:
     trace then takes its place.
     """
     for trace in _TRACES:
-        with contextlib.suppress(RuntimeError):  # deeptime: a stationary probability underflows
+        try:
             return fit_msm(np.tensordot(weight + trace, counts, axes=1), tolerance=REPLICATE_TOLERANCE)
+        except RuntimeError as error:
+            if "Stationary distribution" not in str(error):  # deeptime says so where a stationary probability underflows
+                raise
     return None
 
 

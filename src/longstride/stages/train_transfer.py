@@ -82,6 +82,7 @@ def run(
         ranks: this process among those that train together.
 
     Raises:
+        ConfigError: no steps, and no flow to start from.
         DataError: no peptides; chains or dynamics that do not belong to their peptide; different potentials or
             temperatures; a lag that does not fit the dynamics, or lags without dynamics; a checkpoint of another number
             of processes.
@@ -91,7 +92,7 @@ def run(
     _check_count(section, ranks)
     torch.set_num_threads(min(threads, THREADS))
     kept, held_out, physics, files = _load_all(section, training, validation)
-    before = None if start is None else read_manifest(start, kind="transferable")["files"]
+    before = _files_of(start, section)
     trainer = _untrained(section, seed, ranks, start=start, physics=physics)
     kept = [molecule.on(trainer.module.start.device) for molecule in kept]
     probed = validation if section.acceptance_frames and ranks.first else ()
@@ -105,20 +106,35 @@ def run(
         train(trainer, kept, section, frames=frames, evaluate=unseen.metrics, folder=folder)
         if not ranks.first:
             return
-        content: dict[str, Any] = {
+        content = {
             "physics": vars(physics),
-            "training": [m.name for m in kept],
             **unseen.by_peptide(trainer.module),
-            "samples": sum(len(m.torsions) for m in kept),
-            "steps": trainer.step,
             "acceptance_steps": section.acceptance_steps,
             "started_from": before,
-            "train_wall_s": trainer.wall_s,
-            "processes": ranks.count,
-            "device": str(trainer.module.start.device),
         }
-        _write(out, _on_cpu(trainer.module), physics, trainer.rows, content)
+        _write(out, _on_cpu(trainer.module), physics, trainer.rows, {**content, **_made(trainer, kept)})
         folder.clear()
+
+
+def _files_of(start: Path | None, section: TransferConfig) -> dict[str, Any] | None:
+    """Return the checksums of the flow that training starts from, None where it starts from random weights."""
+    if start is not None:
+        return read_manifest(start, kind="transferable")["files"]
+    if section.max_steps == 0:
+        raise ConfigError("transfer.max_steps is 0, and there is no flow to start from: give steps, or --start DIR")
+    return None
+
+
+def _made(trainer: ModuleState[TorsionNetwork], kept: Sequence[MoleculeSamples]) -> dict[str, Any]:
+    """Return what the manifest says of how the flow was made."""
+    return {
+        "training": [molecule.name for molecule in kept],
+        "samples": sum(len(molecule.torsions) for molecule in kept),
+        "steps": trainer.step,
+        "train_wall_s": trainer.wall_s,
+        "processes": trainer.ranks.count,
+        "device": str(trainer.module.start.device),
+    }
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ and its gradient needs that of log q alone, no derivative of an energy:
     grad A = E_{x, y}[1(w(y) > w(x)) grad log q(y)] + E_{x, y}[1(w(y) < w(x)) w(y) / w(x) grad log q(x)]
 
 All factors lie between 0 and 1, so single clashes cannot dominate, as they do in the reverse Kullback-Leibler divergence. The
-first term pulls proposals towards where pi lacks them, measured by true energies of fresh draws; the second has exact samples.
+first term raises q at draws of large w, where q is too thin, by true energies of fresh draws; the second, at exact samples.
 Acceptance alone would narrow q; the entropy is kept by the likelihood of exact samples, which is the cross entropy of q.
 
 The clamp is on the ratio of each pair: past w(y) = w(x) more is not better.
@@ -81,11 +81,11 @@ def gradient_weights(log_w_x: Tensor, log_w_y: Tensor) -> tuple[Tensor, Tensor, 
     usable = log_w_y.nan_to_num(nan=-torch.inf, posinf=-torch.inf)
     log_r = usable - log_w_x[:, None]
     ratio = log_r.clamp(max=0).exp()
-    uphill = log_r < 0
-    draws = (~uphill).double().mean(0)
+    clamped = log_r >= 0
+    draws = clamped.double().mean(0)
     count = len(draws)
     centred = (draws - draws.mean()) * (count / max(count - 1, 1))  # the baseline leaves each draw itself out
-    return ratio.mean(), (ratio * uphill).mean(1), centred
+    return ratio.mean(), (ratio * ~clamped).mean(1), centred
 
 
 def acceptance_losses(network: TorsionNetwork, molecules: Sequence[Frames], count: int, generator: torch.Generator) -> Tensor:
