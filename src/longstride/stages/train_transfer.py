@@ -106,13 +106,9 @@ def run(
         train(trainer, kept, section, frames=frames, evaluate=unseen.metrics, folder=folder)
         if not ranks.first:
             return
-        content = {
-            "physics": vars(physics),
-            **unseen.by_peptide(trainer.module),
-            "acceptance_steps": section.acceptance_steps,
-            "started_from": before,
-        }
-        _write(out, _on_cpu(trainer.module), physics, trainer.rows, {**content, **_made(trainer, kept)})
+        content = {"physics": vars(physics), **unseen.by_peptide(trainer.module), "started_from": before}
+        content |= _made(trainer, kept, section)
+        _write(out, _on_cpu(trainer.module), physics, trainer.rows, content)
         folder.clear()
 
 
@@ -125,12 +121,13 @@ def _files_of(start: Path | None, section: TransferConfig) -> dict[str, Any] | N
     return None
 
 
-def _made(trainer: ModuleState[TorsionNetwork], kept: Sequence[MoleculeSamples]) -> dict[str, Any]:
+def _made(trainer: ModuleState[TorsionNetwork], kept: Sequence[MoleculeSamples], section: TransferConfig) -> dict[str, Any]:
     """Return what the manifest says of how the flow was made."""
     return {
         "training": [molecule.name for molecule in kept],
         "samples": sum(len(molecule.torsions) for molecule in kept),
         "steps": trainer.step,
+        "acceptance_steps": section.acceptance_steps,
         "train_wall_s": trainer.wall_s,
         "processes": trainer.ranks.count,
         "device": str(trainer.module.start.device),
