@@ -10,9 +10,8 @@ Two learned mixtures A = D U and C = D V, one pair per degree l and element of i
 p[l, q] = sum over m of degree l:  A[m, q] (C[m, q] + [l = 0]), which a perceptron per element turns into an atomic
 energy. The energy is the sum over atoms, plus one shift per element and a screened nuclear repulsion between pairs,
 which keeps atoms apart where there were no data. Everything is even under reflection, symmetric under exchange of
-atoms of one element, and twice continuously differentiable at the cutoff. Forces are the exact gradient of the energy,
-written out by hand: for a small molecule most time goes into starting tensor operations, and this starts fewer than
-automatic differentiation would.
+atoms of one element, and twice continuously differentiable at the cutoff. Small isolated molecules look at all pairs
+(`Student`), large and periodic systems at neighbour lists (`potentials/student_neighbours`); both have the same energy.
 """
 
 from __future__ import annotations
@@ -29,6 +28,17 @@ from torch import Tensor, nn
 from longstride.data.atomic import read_arrays, write_arrays
 from longstride.errors import DataError, LongstrideError
 from longstride.potentials.repulsion import ScreenedRepulsion
+from longstride.potentials.student_energy import (
+    DEGREE,
+    ENERGY_KJ,
+    LENGTH_NM,
+    LOWER,
+    AtomWeights,
+    atomic_energies,
+    monomials,
+    radial_functions,
+    tables,
+)
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -36,9 +46,6 @@ if TYPE_CHECKING:
     from longstride.state import State, System
 
 FORMAT = "longstride student 1"
-DEGREE = 3
-LENGTH_NM = 0.15  # lengths inside the network are in units of about one bond
-ENERGY_KJ = 100.0  # energies inside the network are in units of about kT per bond stretch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,17 +121,6 @@ class StudentNetwork(nn.Module):
         return AtomWeights(mixing, self.first[species], first_bias, self.second[species], second_bias, self.last[species])
 
 
-class AtomWeights(NamedTuple):
-    """Weights gathered by atom: mixing [atom, element x radial, 2 channels] per degree, then the perceptron."""
-
-    mixing: tuple[Tensor, ...]
-    first: Tensor
-    first_bias: Tensor
-    second: Tensor
-    second_bias: Tensor
-    last: Tensor
-
-
 class Geometry(NamedTuple):
     """What the energy depends on, for centre i, replica b, neighbour j. Lengths in units of LENGTH_NM.
 
@@ -141,45 +137,6 @@ class Geometry(NamedTuple):
     monomials: Tensor
     radial: Tensor
     radial_slope: Tensor
-
-
-def _exponents(degree: int) -> list[tuple[int, int, int]]:
-    """Exponents (a, b, c) of x^a y^b z^c of one degree, in a fixed order."""
-    return [(a, b, degree - a - b) for a in range(degree, -1, -1) for b in range(degree - a, -1, -1)]
-
-
-def _tables() -> tuple[Tensor, Tensor]:
-    """Constant matrices of the monomials up to DEGREE.
-
-    First [monomial]: square roots of the multinomial coefficients w, which make sum_m w M_m(a) M_m(b) = (a . b)^degree
-    rotation invariant. Second [3 x lower, monomial]: dM_m/dx_a = sum over lower k of derivative[a k, m] M_k.
-    """
-    rows = [item for degree in range(DEGREE + 1) for item in _exponents(degree)]
-    lower = [item for item in rows if sum(item) < DEGREE]
-    roots = torch.zeros(len(rows), dtype=torch.float64)
-    derivative = torch.zeros(3, len(lower), len(rows), dtype=torch.float64)
-    for m, item in enumerate(rows):
-        roots[m] = math.sqrt(math.factorial(sum(item)) / math.prod(math.factorial(power) for power in item))
-        for axis in range(3):
-            if item[axis]:
-                below = [power - (k == axis) for k, power in enumerate(item)]
-                derivative[axis, lower.index((below[0], below[1], below[2])), m] = item[axis]
-    return roots, derivative.flatten(0, 1)
-
-
-def _monomials(rho: Tensor) -> Tensor:
-    """Return all monomials up to DEGREE of vectors [i, b, 3, j], [i, b, monomial, j], in the order of `_exponents`."""
-    n, b, _, m = rho.shape
-    result = rho.new_empty(n, b, 20, m)
-    result[:, :, 0] = 1.0
-    result[:, :, 1:4] = rho
-    first = 4  # of the degree being made; x times all of the degree below, y times those without x, z times z^(d-1)
-    for below, counts in ((rho, (3, 2, 1)), (result[:, :, 4:10], (6, 3, 1))):
-        for axis, count in enumerate(counts):
-            factor = rho[:, :, axis : axis + 1]
-            torch.mul(factor, below[:, :, below.shape[2] - count :], out=result[:, :, first : first + count])
-            first += count
-    return result
 
 
 class Student:
@@ -217,12 +174,10 @@ class Student:
         # an inverse distance above this one means that the repulsion is not zero
         self._contact = (LENGTH_NM / self._repulsion.reach).to(self.dtype)[:, None]
         self._shift = float(network.shifts[self._species].sum())
-        roots, derivative = _tables()
+        roots, derivative = tables()
         columns = len(self._slices) * network.metadata.radial
         self._roots = roots.to(self.dtype)[:, None].expand(-1, columns).contiguous()
         self._derivative = derivative.to(self.dtype)
-        self._lower = sum(len(_exponents(degree)) for degree in range(DEGREE))
-        self._degrees = [len(_exponents(degree)) for degree in range(DEGREE + 1)]
         n = system.n_atoms
         self._apart = (1e6 * torch.eye(n, dtype=self.dtype))[:, None, :]  # puts an atom out of its own reach
         self._cutoff = network.metadata.cutoff_nm / LENGTH_NM
@@ -253,7 +208,7 @@ class Student:
         with torch.no_grad():
             geometry = self._geometry(positions[:, self._order])
             moments = (geometry.monomials @ geometry.radial.transpose(2, 3)) * self._roots
-        energy, gradient = self._atomic_energies(moments, weights)
+        energy, gradient = atomic_energies(moments, weights)
         pair = self._pair_forces(geometry, gradient * self._roots)
         total = ENERGY_KJ * energy.to(torch.float64).sum(dim=0) + self._shift
         if bool((geometry.inverse_r > self._contact).any()):
@@ -270,23 +225,13 @@ class Student:
         x = ((positions - positions.mean(dim=1, keepdim=True)) / LENGTH_NM).to(self.dtype).transpose(1, 2).contiguous()
         rho = x - x.permute(2, 0, 1)[..., None]
         r2 = rho.square().sum(dim=2) + self._apart
-        inverse_r = r2.rsqrt()
-        r = r2 * inverse_r
-        inside = (1 - r2 * self._cutoff**-2).clamp(min=0)
-        inside2 = inside * inside
-        # sin(n pi r / rc) / r (1 - r^2/rc^2)^3 and its derivative
-        envelope = 2 * inside2 * inside * inverse_r
-        slope = (-12 / self._cutoff**2) * inside2 - envelope * inverse_r
-        phase = self._waves * r[:, :, None]
-        sine = phase.sin()
-        radial = sine * envelope[:, :, None]
-        radial_slope = phase.cos() * (self._waves * envelope[:, :, None]) + sine * slope[:, :, None]
+        radial = radial_functions(r2, cutoff=self._cutoff, waves=self._waves)
         return Geometry(
             rho=rho,
-            inverse_r=inverse_r,
-            monomials=_monomials(rho),
-            radial=self._by_element(radial),
-            radial_slope=radial_slope,
+            inverse_r=radial.inverse_r,
+            monomials=monomials(rho),
+            radial=self._by_element(radial.value),
+            radial_slope=radial.slope,
         )
 
     def _by_element(self, radial: Tensor) -> Tensor:
@@ -297,30 +242,6 @@ class Student:
             result[:, :, element, :, at] = radial[..., at]
         return result.flatten(2, 3)
 
-    def _atomic_energies(self, moments: Tensor, weights: AtomWeights) -> tuple[Tensor, Tensor]:
-        """Return energies [i, b] and their derivatives with respect to moments [i, b, monomial, element x radial]."""
-        n, b = moments.shape[:2]
-        mixtures, invariants = [], []
-        for degree, (part, mixing) in enumerate(zip(moments.split(self._degrees, dim=2), weights.mixing, strict=True)):
-            mixed = torch.bmm(part.flatten(1, 2), mixing).view(n, b, part.shape[2], -1)
-            left, right = mixed.chunk(2, dim=3)
-            if degree == 0:
-                right = right + 1.0
-            mixtures.append((left, right))
-            invariants.append((left * right).sum(dim=2))
-        z1 = torch.baddbmm(weights.first_bias, torch.cat(invariants, dim=2), weights.first)
-        h1, d1 = _silu(z1)
-        z2 = torch.baddbmm(weights.second_bias, h1, weights.second)
-        h2, d2 = _silu(z2)
-        energy = (h2 * weights.last).sum(dim=2)
-        g1 = d1 * torch.bmm(d2 * weights.last, weights.second.transpose(1, 2))
-        gradients = torch.bmm(g1, weights.first.transpose(1, 2)).chunk(DEGREE + 1, dim=2)
-        back = []
-        for g, (left, right), mixing in zip(gradients, mixtures, weights.mixing, strict=True):
-            both = torch.cat([right, left], dim=3) * torch.cat([g, g], dim=2)[:, :, None]
-            back.append(torch.bmm(both.flatten(1, 2), mixing.transpose(1, 2)).view(n, b, left.shape[2], -1))
-        return energy, torch.cat(back, dim=2)
-
     def _pair_forces(self, geometry: Geometry, gradient: Tensor) -> Tensor:
         """Return dE/drho, [i, b, 3, j]."""
         # along[element, radial, j] matters where j is of that element only
@@ -328,15 +249,8 @@ class Student:
         chosen = torch.cat([part[..., at] for part, at in zip(along, self._slices, strict=True)], dim=3)
         slope = (chosen * geometry.radial_slope).sum(dim=2)
         across = self._derivative @ (gradient @ geometry.radial)
-        across = across.unflatten(2, (3, self._lower)) * geometry.monomials[:, :, None, : self._lower]
+        across = across.unflatten(2, (3, LOWER)) * geometry.monomials[:, :, None, :LOWER]
         return torch.addcmul(across.sum(dim=3), (slope * geometry.inverse_r)[:, :, None], geometry.rho)
-
-
-def _silu(z: Tensor) -> tuple[Tensor, Tensor]:
-    """Return z sigmoid(z) and its derivative."""
-    sigmoid = torch.sigmoid(z)
-    value = z * sigmoid
-    return value, sigmoid + value - value * sigmoid
 
 
 def save_student(path: Path, network: StudentNetwork, extra: dict[str, object] | None = None) -> None:
