@@ -47,20 +47,61 @@ class RunConfig(Section):
     seed: int = Field(2026, ge=0, description="every random stream of the run is derived from it")
 
 
+class SolvateConfig(Section):
+    """Water around a molecule, in a cubic periodic box."""
+
+    molecules: int | None = Field(
+        None, ge=1, le=200_000, description="water molecules; ions that neutralise a charged molecule take the place of some"
+    )
+    padding_nm: float | None = Field(
+        None, gt=0, le=5, description="or: box edge less the diameter of the molecule, at least; the number follows from it"
+    )
+    density_g_per_cm3: float = Field(
+        0.997, gt=0.5, lt=1.5, description="of the water, to which the box is scaled before it is relaxed"
+    )
+
+    @model_validator(mode="after")
+    def _one_size(self) -> SolvateConfig:
+        if (self.molecules is None) == (self.padding_nm is None):
+            raise ValueError("solvate needs exactly one of 'molecules' and 'padding_nm'")
+        return self
+
+
 class SystemConfig(Section):
-    """One molecule, from a sequence or from a structure file."""
+    """One molecule, from a sequence or from a structure file, alone or in water; or a box of water."""
 
     name: Name = Field(description="label in paths and tables")
     sequence: str | None = Field(
         None, min_length=1, description="one-letter residues (AA, YLFP: zwitterionic) or dash-separated names (ACE-ALA-NME)"
     )
     file: str | None = Field(None, min_length=1, description="a PDB or mmCIF file with all atoms, instead of a sequence")
+    water: int | None = Field(
+        None, ge=1, le=200_000, description="molecules of a periodic box of water, instead of a sequence or file"
+    )
+    ligand: str | None = Field(
+        None,
+        min_length=1,
+        description="an SDF file with the small molecule bound to that of 'file', placed, hydrogens included",
+    )
+    ligand_charges: Literal["am1-bcc", "gasteiger"] = Field(
+        "am1-bcc", description="partial charges of the ligand on GAFF2; gasteiger needs no LAPACK and is far coarser"
+    )
+    solvate: SolvateConfig | None = Field(None, description="water around the molecule; physics.force_field names its model")
 
     @model_validator(mode="after")
     def _one_source(self) -> SystemConfig:
-        if (self.sequence is None) == (self.file is None):
-            raise ValueError(f"system {self.name!r} needs exactly one of 'sequence' and 'file'")
+        if sum(source is not None for source in (self.sequence, self.file, self.water)) != 1:
+            raise ValueError(f"system {self.name!r} needs exactly one of 'sequence' and 'file', or 'water' for a box of water")
+        if self.water is not None and self.solvate is not None:
+            raise ValueError(f"system {self.name!r} is a box of water already; drop 'solvate'")
+        if self.ligand is not None and self.file is None:
+            raise ValueError(f"system {self.name!r} has a ligand but no 'file' with the molecule that it is bound to")
         return self
+
+    @property
+    def periodic(self) -> bool:
+        """Whether the system lies in a periodic box."""
+        return self.water is not None or self.solvate is not None
 
 
 class PhysicsConfig(Section):
@@ -70,7 +111,11 @@ class PhysicsConfig(Section):
     force_field: tuple[str, ...] = Field(
         ("amber14-all.xml", "implicit/obc1.xml"), min_length=1, description="OpenMM force field files, by name or path"
     )
-    cutoff_nm: float | None = Field(2.0, gt=0, description="non-periodic cutoff with reaction field; null for none")
+    cutoff_nm: float | None = Field(
+        2.0,
+        gt=0,
+        description="non-periodic cutoff with reaction field, null for none; in a periodic box that of the direct sum of PME",
+    )
 
 
 class ReferenceConfig(Section):
