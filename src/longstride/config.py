@@ -17,12 +17,14 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
 from longstride.errors import ConfigError
+from longstride.fingerprints import files_digest
 
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$")]
 Method = Literal["md", "tuned-md", "timewarp", "explore", "mts", "sts"]
 METHODS: tuple[Method, ...] = typing.get_args(Method)
 DEFAULT_METHODS: tuple[Method, ...] = ("md", "timewarp", "explore", "mts", "sts")
 Energies = Literal["batched", "openmm"]
+Teacher = Literal["gfn2-xtb", "gfn1-xtb", "fennol", "torchani", "mace", "aimnet2", "openmm", "ase"]
 FITTED_STATES = "torsion states to which the density of bonds and angles is fitted before the first step"
 ENERGIES = "who evaluates the target: batched (thousands of configurations at once) or openmm (any System, one by one)"
 
@@ -304,7 +306,21 @@ class TransferConfig(Section):
 class DistillConfig(Section):
     """The distilled student and the teacher that labels its frames."""
 
-    teacher: Literal["gfn2-xtb", "gfn1-xtb"] = Field("gfn2-xtb", description="expensive potential (tblite, in gas phase)")
+    teacher: Teacher = Field(
+        "gfn2-xtb", description="expensive potential: gfn2-xtb, gfn1-xtb, fennol, torchani, mace, aimnet2, openmm or ase"
+    )
+    teacher_weights: tuple[str, ...] = Field(
+        (), description="its weight files, by path; several are an ensemble (fennol: .fnx files)"
+    )
+    teacher_model: str | None = Field(
+        None, description="model that its own package fetches, instead of weights (ani1x, ani1ccx or ani2x; mace; aimnet2)"
+    )
+    teacher_calculator: str | None = Field(
+        None, pattern=r"^[\w.]+:\w+$", description="teacher ase: the calculator, package.module:Factory"
+    )
+    teacher_options: dict[str, str | int | float | bool | None] = Field(
+        {}, description="further settings of the teacher, such as {dtype: float64}; for ase what the factory takes"
+    )
     frames: int = Field(2800, ge=20, description="teacher-labelled frames, the held-out ones included")
     cutoff_nm: float = Field(0.35, gt=0.1, le=1.0, description="range of the student")
     channels: int = Field(16, ge=2, description="rotation invariants per angular degree (0 to 3)")
@@ -683,6 +699,9 @@ def stage_view(config: Config, stage: str, *, system: str | None = None, method:
         stage: prepare, reference, shard, flow, distill, sample, free_energy, compare or report.
         system: the job's system, where it has one.
         method: the job's method, for `sample`.
+
+    Raises:
+        ConfigError: a weight file of the teacher cannot be read.
     """
     full = config.model_dump(mode="json")
     view: dict[str, Any] = {}
@@ -695,9 +714,19 @@ def stage_view(config: Config, stage: str, *, system: str | None = None, method:
     if stage == "sample" and method is not None:
         view["sample"] = full["sample"][section_of(method)]
         if method in ("mts", "sts"):
-            view["teacher"] = full["distill"]["teacher"]
+            view["teacher"] = {key: value for key, value in full["distill"].items() if key.startswith("teacher")}
     elif stage in full:
         view[stage] = full[stage]
+    if (stage == "distill" or method in ("mts", "sts")) and config.distill.teacher_weights:
+        view["teacher_weights"] = _weights_digest(config.distill.teacher_weights)
     if stage == "report":
         view["config"] = full
     return view
+
+
+def _weights_digest(weights: tuple[str, ...]) -> str:
+    """Return a fingerprint of what the files hold: other weights under the same name are another job."""
+    try:
+        return files_digest(weights)
+    except OSError as error:
+        raise ConfigError(f"distill.teacher_weights: cannot read {error.filename} ({error.strerror}); fetch it") from error

@@ -1,4 +1,4 @@
-"""Code versions: a hash of the source that a stage can run, so that editing a stage re-runs it and nothing else."""
+"""Fingerprints: of the source that a stage can run, so that editing a stage re-runs it and nothing else; of files."""
 
 from __future__ import annotations
 
@@ -6,6 +6,10 @@ import ast
 import functools
 import hashlib
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 PACKAGE = "longstride"
 DATA_SUFFIXES = (".html", ".css", ".js", ".json")
@@ -41,6 +45,25 @@ def code_version(stage: str, *, source: Path | None = None) -> str:
         for data in _named_data(root, path):
             digest.update(f"{data.name}\n{hashlib.sha256(data.read_bytes()).hexdigest()}\n".encode())
     return digest.hexdigest()[:12]
+
+
+def files_digest(files: Sequence[Path | str]) -> str:
+    """Return a SHA-256 in hexadecimal digits over the contents of the files, in order.
+
+    Raises:
+        OSError: a file cannot be read.
+    """
+    joint = hashlib.sha256()
+    for item in files:
+        path = Path(item).expanduser()
+        joint.update(_file_digest(path, _stamp(path)))
+    return joint.hexdigest()
+
+
+@functools.lru_cache(maxsize=64)
+def _file_digest(path: Path, stamp: tuple[int, int]) -> bytes:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()
 
 
 def import_closure(module: str, *, source: Path) -> set[str]:

@@ -89,6 +89,8 @@ def open_run(values: dict[str, Any], *, in_job: bool) -> Run:
             raise LongstrideError(f"{CONFIG_VARIABLE} did not reach this job: let the scheduler export the environment")
         return Run(config=load_config(frozen))
     run = Run(config=validate(values))
+    if {"mts", "sts"}.intersection(run.config.sample.methods):
+        stage_view(run.config, "distill")  # a missing weight file is an error before the first job
     os.environ[CONFIG_VARIABLE] = str(run.frozen.resolve())
     # jobs must find the `longstride` of this interpreter, also when its environment is not activated
     os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])

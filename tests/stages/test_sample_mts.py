@@ -11,6 +11,7 @@ from longstride.data.manifest import read_manifest, write_manifest
 from longstride.dynamics import replicas
 from longstride.errors import DataError, NumericsError
 from longstride.potentials.amber import AmberPotential
+from longstride.potentials.teachers import TeacherSpec
 from longstride.stages import distill, sample_mts
 from longstride.state import State
 
@@ -57,8 +58,8 @@ def teacher(alanine, monkeypatch):
         calls, dies_at, nan_at = 0, None, None
         system, name = alanine.system, "gfn2-xtb"
 
-        def __init__(self, system, *, method, charge, threads=1):
-            assert (method, charge) == ("gfn2-xtb", 0)
+        def __init__(self, spec, molecule, *, charge, threads=1):
+            assert (spec.kind, molecule.system.n_atoms, charge) == ("gfn2-xtb", 22, 0)
 
         def energy_forces(self, x: State):
             Teacher.calls += 1
@@ -74,7 +75,7 @@ def teacher(alanine, monkeypatch):
             pass
 
     for module in (distill, replicas):
-        monkeypatch.setattr(module, "XTBPotential", Teacher)
+        monkeypatch.setattr(module, "open_teacher", Teacher)
     return Teacher
 
 
@@ -101,7 +102,7 @@ def run_mts(folder, alanine_folder, reference, distilled, *, name="mts", section
         state=folder / f"{name}.state",
         seed=2,
         threads=1,
-        teacher=teacher,
+        teacher=TeacherSpec(kind=teacher),
     )
     return folder / name
 
@@ -134,7 +135,7 @@ def test_the_whole_path(tmp_path, alanine_folder, reference, teacher, capsys):
         state=tmp_path / "sts.state",
         seed=2,
         threads=1,
-        teacher="gfn2-xtb",
+        teacher=TeacherSpec(kind="gfn2-xtb"),
     )
     found = read_manifest(tmp_path / "sts", kind="samples")
     assert (found["method"], found["counts"]["student_calls"], found["counts"]["force_calls"]) == ("sts", 0, 80)

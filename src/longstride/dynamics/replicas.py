@@ -18,7 +18,7 @@ from longstride.dynamics.groups import run_groups, side_by_side
 from longstride.dynamics.integrators import MDState, baoab, respa_baoab, start, thermal_velocities
 from longstride.dynamics.runner import Monitor, RunPlan, run_trajectory
 from longstride.potentials.student import load_student
-from longstride.potentials.xtb import XTBPotential
+from longstride.potentials.teachers import TeacherSpec, open_teacher
 from longstride.seeds import job_seed
 from longstride.units import thermal_energy
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from longstride.potentials.base import Potential
-    from longstride.state import System
+    from longstride.systems import Prepared
 
 GROUP = 2  # replicas: a student call for two costs little more than for one, and more groups use more cores
 EQUILIBRATION_FRICTION_PER_PS = 10.0
@@ -38,8 +38,8 @@ class ReplicaJob:
     """What all groups have in common.
 
     Attributes:
-        system: the molecule.
-        teacher: name of the xTB method.
+        molecule: the prepared molecule.
+        teacher: the expensive potential.
         charge: total charge in elementary charges.
         student: weights of the fast potential, or None for single-step dynamics.
         n_inner: inner steps per outer step; not used without a student.
@@ -52,8 +52,8 @@ class ReplicaJob:
         seed: of velocities and noise; each group derives its own.
     """
 
-    system: System
-    teacher: str
+    molecule: Prepared
+    teacher: TeacherSpec
     charge: int
     student: Path | None
     n_inner: int
@@ -117,15 +117,16 @@ def run_group(
 ) -> ReplicaResult:
     """Run or continue one group; replica `first` of the job is its first."""
     torch.set_num_threads(1)  # tensors of a few replicas are too small to share between threads
-    student = None if job.student is None else load_student(job.student, teacher=job.teacher)(job.system)
+    system = job.molecule.system
+    student = None if job.student is None else load_student(job.student, teacher=job.teacher.label_for(job.molecule))(system)
     monitor = Monitor(
-        system=job.system,
+        system=system,
         temperature_K=job.temperature_K,
         max_slow_force=job.max_slow_force,
         advice=job.advice,
         first_replica=first,
     )
-    with open_state(folder, key) as store, XTBPotential(job.system, method=job.teacher, charge=job.charge) as teacher:
+    with open_state(folder, key) as store, open_teacher(job.teacher, job.molecule, charge=job.charge) as teacher:
         result = run_trajectory(
             lambda: _begin(job, first, starts, teacher=teacher, student=student),
             _step(job, teacher, student, friction=job.friction_per_ps),

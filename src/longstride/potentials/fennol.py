@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 from longstride.errors import DataError, LongstrideError, NumericsError
+from longstride.potentials.periodic import check_box, neighbour_pairs
 from longstride.potentials.weights import weight_files, weights_digest
 from longstride.units import ANGSTROM_NM, HARTREE_KJ_PER_MOL
 
@@ -179,23 +180,6 @@ def fennol_label(weights: Sequence[Path | str]) -> str:
     return f"fennol-{stem}{count}-{weights_digest(weights)}"
 
 
-def check_box(boxes: np.ndarray, cutoff_nm: float, name: str) -> None:
-    """Refuse boxes [batch, 3, 3] nm (rows are vectors) whose opposite faces are closer than twice the cutoff.
-
-    Raises:
-        LongstrideError: a box is narrower, or flat.
-    """
-    volumes = np.abs(np.linalg.det(boxes))
-    areas = np.linalg.norm(np.cross(np.roll(boxes, -1, axis=1), np.roll(boxes, -2, axis=1)), axis=2)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        narrowest = np.nan_to_num(volumes[:, None] / areas).min(initial=math.inf)
-    if narrowest < 2 * cutoff_nm * (1 - 1e-6):
-        raise LongstrideError(
-            f"the box of {name!r} is {narrowest:.3f} nm wide, less than twice the teacher's cutoff of {cutoff_nm:.3f} nm; use"
-            " a larger box"
-        )
-
-
 @dataclass(frozen=True, kw_only=True)
 class _Sizes:
     """What one compiled function is made for; the layers' states are FeNNol's own, and hashable."""
@@ -234,7 +218,7 @@ class _Group:
         """Return energies [batch] kJ/mol and forces [batch, atom, 3] kJ/mol/nm at positions and boxes in Å."""
         if boxes is not None and any(layer.k_space for layer in self._layers if hasattr(layer, "k_space")):
             raise LongstrideError("this FeNNol model sums in reciprocal space, which is not supported in a box")
-        lists = [_neighbours(positions, boxes, layer.cutoff) for layer in self._generators]
+        lists = [neighbour_pairs(positions, boxes, layer.cutoff) for layer in self._generators]
         where = (len(positions), boxes is not None)
         if where not in self._sizes:
             self._sizes[where] = self._fitted(positions, boxes, lists, None)
@@ -367,21 +351,6 @@ def _check_elements(system: System, models: list[Any], files: Sequence[Path]) ->
             raise LongstrideError(
                 f"{path.name} does not know {', '.join(unknown)} of {system.name!r}; it knows {', '.join(sorted(known))}"
             )
-
-
-def _neighbours(positions: np.ndarray, boxes: np.ndarray | None, cutoff: float) -> tuple[np.ndarray, ...]:
-    """Return i, j [pair] int32, shifts [pair, 3] int32 and squared distances [pair] of all replicas, numbered on."""
-    import vesin
-
-    parts = []
-    for index, x in enumerate(positions):
-        box = np.zeros((3, 3)) if boxes is None else boxes[index]
-        i, j, shift, d = vesin.NeighborList(cutoff=cutoff, full_list=True, sorted=True).compute(
-            points=x, box=box, periodic=boxes is not None, quantities="ijSd"
-        )
-        offset = index * len(x)
-        parts.append((i.astype(np.int32) + offset, j.astype(np.int32) + offset, shift.astype(np.int32), d * d))
-    return tuple(np.concatenate(columns) for columns in zip(*parts, strict=True))
 
 
 def _padded(

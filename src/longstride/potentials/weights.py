@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import functools
-import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from longstride.errors import DataError
+from longstride.fingerprints import files_digest
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -52,18 +51,7 @@ def weights_digest(weights: Sequence[Path | str]) -> str:
     Raises:
         DataError: a file cannot be read.
     """
-    joint = hashlib.sha256()
-    for item in weights:
-        path = Path(item).expanduser()
-        try:
-            status = path.stat()
-            joint.update(_digest(path, status.st_mtime_ns, status.st_size))
-        except OSError as error:
-            raise DataError(f"cannot read the weight file {path} ({error.strerror}); {FETCH}") from error
-    return joint.hexdigest()[:DIGEST_DIGITS]
-
-
-@functools.lru_cache(maxsize=64)
-def _digest(path: Path, modified_ns: int, size: int) -> bytes:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").digest()
+    try:
+        return files_digest(weights)[:DIGEST_DIGITS]
+    except OSError as error:
+        raise DataError(f"cannot read the weight file {error.filename} ({error.strerror}); {FETCH}") from error

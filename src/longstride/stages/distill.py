@@ -18,7 +18,7 @@ from longstride.data.manifest import read_manifest, write_manifest
 from longstride.errors import LongstrideError
 from longstride.fingerprints import code_version
 from longstride.potentials.student import StudentMetadata, StudentNetwork, save_student
-from longstride.potentials.xtb import XTBPotential
+from longstride.potentials.teachers import TeacherSpec, open_teacher
 from longstride.progress import Progress
 from longstride.provenance import provenance
 from longstride.seeds import job_seed
@@ -48,20 +48,22 @@ def run(section: DistillConfig, *, prepared: Path, reference: Path, out: Path, s
     molecule = load_prepared(prepared)
     source = read_manifest(reference, kind="reference")
     charge = total_charge(molecule)
-    common = (molecule.system_hash, section.teacher, charge, source["files"], seed, code_version("distill"))
+    spec = TeacherSpec.of(section)
+    target = spec.label_for(molecule)
+    common = (molecule.system_hash, target, spec.options, charge, source["files"], seed, code_version("distill"))
     plan = LabelPlan.of(section.frames)
     label_key = fingerprint("labels", *common, asdict(plan), source["temperature_K"])
     train_key = fingerprint("training", *common, source["temperature_K"], section.model_dump())
     with open_state(state / "labels", label_key) as labels, open_state(state / "training", train_key) as training:
         began = time.perf_counter()
         positions = [item["positions"] for item in read_trajectories(reference, fields=("positions",))]
-        with XTBPotential(molecule.system, method=section.teacher, charge=charge, threads=threads) as teacher:
-            kT, progress = thermal_energy(source["temperature_K"]), Progress(f"labels of {teacher.name}", plan.total, "frames")
+        with open_teacher(spec, molecule, charge=charge, threads=threads) as teacher:
+            kT, progress = thermal_energy(source["temperature_K"]), Progress(f"labels of {target}", plan.total, "frames")
             label_seed = job_seed(seed, "labels")
             frames = label_frames(teacher, positions, plan=plan, kT=kT, seed=label_seed, store=labels, progress=progress)
         label_s = time.perf_counter() - began
         kept, held_out = split(frames, len(positions))
-        network = StudentNetwork(_metadata(section, molecule), torch.Generator().manual_seed(job_seed(seed, "weights")))
+        network = StudentNetwork(_metadata(section, molecule, target), torch.Generator().manual_seed(job_seed(seed, "weights")))
         began = time.perf_counter()
         rows = train(
             network,
@@ -78,7 +80,7 @@ def run(section: DistillConfig, *, prepared: Path, reference: Path, out: Path, s
         content = {
             "system": molecule.system.name,
             "system_hash": molecule.system_hash,
-            "teacher": section.teacher,
+            "teacher": target,
             "charge": charge,
             "cutoff_nm": section.cutoff_nm,
             "temperature_K": source["temperature_K"],
@@ -126,10 +128,10 @@ def split(frames: Labelled, n_trajectories: int) -> tuple[Labelled, Labelled]:
     return frames.where(~held), frames.where(held)
 
 
-def _metadata(section: DistillConfig, molecule: Prepared) -> StudentMetadata:
+def _metadata(section: DistillConfig, molecule: Prepared, target: str) -> StudentMetadata:
     return StudentMetadata(
         elements=tuple(sorted({int(number) for number in molecule.system.atomic_numbers})),
-        teacher=section.teacher,
+        teacher=target,
         cutoff_nm=section.cutoff_nm,
         channels=section.channels,
         hidden=section.hidden,

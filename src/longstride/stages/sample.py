@@ -56,15 +56,15 @@ def run(method: Method, config: Config, *, inputs: SampleInputs, out: Path, stat
             run_timewarp(sections.timewarp, flow=flow, **job)
         else:
             run_explore(sections.explore, flow=flow, **job)
-    elif method == "mts":
-        from longstride.stages.sample_mts import run_mts
-
-        distill = _needed(inputs.distill, method, "--distill")
-        run_mts(sections.mts, distill=distill, teacher=config.distill.teacher, **job)
     else:
-        from longstride.stages.sample_mts import run_sts
+        from longstride.potentials.teachers import TeacherSpec
+        from longstride.stages.sample_mts import run_mts, run_sts
 
-        run_sts(sections.sts, teacher=config.distill.teacher, **job)
+        teacher = TeacherSpec.of(config.distill)
+        if method == "mts":
+            run_mts(sections.mts, distill=_needed(inputs.distill, method, "--distill"), teacher=teacher, **job)
+        else:
+            run_sts(sections.sts, teacher=teacher, **job)
 
 
 def _needed(folder: Path | None, method: str, flag: str) -> Path:

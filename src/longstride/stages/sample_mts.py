@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from longstride.config import MTSSampling, STSSampling
+    from longstride.potentials.teachers import TeacherSpec
 
 
 def run_mts(
@@ -44,7 +45,7 @@ def run_mts(
     state: Path,
     seed: int,
     threads: int,
-    teacher: str,
+    teacher: TeacherSpec,
 ) -> None:
     """Write samples of multi-time-step dynamics: the student every inner step, the teacher every outer step.
 
@@ -56,7 +57,7 @@ def run_mts(
     trained = read_manifest(distill, kind="distill")
     job = _Job(section, "mts", prepared=prepared, reference=reference, seed=seed, teacher=teacher)
     job.student, job.identity = distill / "student.safetensors", trained["files"]
-    load_student(job.student, teacher=teacher)(job.molecule.system)  # a refusal comes before any process starts
+    load_student(job.student, teacher=job.target)(job.molecule.system)  # a refusal comes before any process starts
     job.max_slow_force = section.max_slow_force_kJ_per_mol_nm
     job.advice = (
         "use a shorter outer_timestep_fs (hydrogens of 1.008 Da allow about 3 fs) or heavier hydrogens (hydrogen_mass_Da), or"
@@ -66,7 +67,15 @@ def run_mts(
 
 
 def run_sts(
-    section: STSSampling, *, prepared: Path, reference: Path, out: Path, state: Path, seed: int, threads: int, teacher: str
+    section: STSSampling,
+    *,
+    prepared: Path,
+    reference: Path,
+    out: Path,
+    state: Path,
+    seed: int,
+    threads: int,
+    teacher: TeacherSpec,
 ) -> None:
     """Write samples of single-step dynamics with the teacher alone, the baseline of `mts`.
 
@@ -89,10 +98,11 @@ class _Job:
         prepared: Path,
         reference: Path,
         seed: int,
-        teacher: str,
+        teacher: TeacherSpec,
     ) -> None:
         self.section, self.method, self.seed, self.teacher = section, method, seed, teacher
         self.molecule = load_prepared(prepared)
+        self.target = teacher.label_for(self.molecule)
         self.reference = reference
         self.source = read_manifest(reference, kind="reference", verify=False)
         self.temperature_K: float = self.source["temperature_K"]
@@ -108,7 +118,7 @@ class _Job:
         section = self.section
         plan = RunPlan.of(section, dt=dt, n_inner=max(1, n_inner))
         job = ReplicaJob(
-            system=self.molecule.system,
+            molecule=self.molecule,
             teacher=self.teacher,
             charge=self.charge,
             student=self.student,
@@ -127,7 +137,7 @@ class _Job:
             self.source["files"],
             self.temperature_K,
             self.identity,
-            (self.teacher, self.charge, self.seed),
+            (self.target, self.teacher.options, self.charge, self.seed),
             code_version("sample_mts"),
         )
         starts = start_positions(self.reference, count=section.replicas, seed=job_seed(self.seed, "starts"))
@@ -147,7 +157,7 @@ class _Job:
         content = {
             "system": self.molecule.system.name,
             "method": self.method,
-            "target": self.teacher,
+            "target": self.target,
             "invariance": "unadjusted",
             "physical_time": True,
             "save_every": plan.save_every * plan.dt,
@@ -172,7 +182,7 @@ class _Job:
         rate = self.section.replicas * length / max(sampling_s, 1e-9)
         kinetic = " ".join(f"{symbol} {value:.0f}" for symbol, value in by_element.items())
         print(
-            f"{self.method}: {self.section.replicas} replicas of {length:g} ps on {self.teacher} in"
+            f"{self.method}: {self.section.replicas} replicas of {length:g} ps on {self.target} in"
             f" {sampling_s:.1f} s, {rate:.3g} ps/s; kinetic temperatures {kinetic} K"
         )
 
