@@ -1,4 +1,4 @@
-"""From a sequence or a structure file to a molecule with a force field.
+"""From a sequence or a structure file to a molecule with a force field, isolated or in a periodic box of water.
 
 Hydrogens and other interchangeable atoms get canonical labels here, before anything is stored: preparation
 tools number them in either handedness, which a learned model would see as different molecules.
@@ -6,10 +6,9 @@ tools number them in either handedness, which a learned model would see as diffe
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
+import io
 import json
-import random
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,10 +21,20 @@ from openmm import app, unit
 from longstride.data.atomic import atomic_path, write_json, write_text
 from longstride.data.manifest import read_manifest, write_manifest
 from longstride.errors import DataError, LongstrideError
+from longstride.solvation import (
+    Solvent,
+    add_water,
+    box_of,
+    check_apart,
+    check_cutoff,
+    check_overlap,
+    require_explicit,
+    seeded_random,
+)
 from longstride.state import System
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from longstride.ligands import Ligand
 
 ONE_LETTER = {
     "A": "ALA", "R": "ARG", "N": "ASN", "D": "ASP", "C": "CYS", "Q": "GLN", "E": "GLU", "G": "GLY", "H": "HIS", "I": "ILE",
@@ -36,6 +45,7 @@ THREE_LETTER = {name: letter for letter, name in ONE_LETTER.items()}
 VARIANTS = {"HIS": "HIE", "HID": "HID", "HIE": "HIE", "HIP": "HIP", "ASH": "ASH", "GLH": "GLH", "LYN": "LYN"}
 PARENT = {"HID": "HIS", "HIE": "HIS", "HIP": "HIS", "ASH": "ASP", "GLH": "GLU", "LYN": "LYS"}
 N_CAP, C_CAP = "ACE", "NME"
+MIN_CONTACT_NM = 0.1  # between atoms of two molecules; a hydrogen bond is 0.15 nm and more
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +58,9 @@ class Prepared:
         topology: the OpenMM Topology.
         positions: [atom, 3] nm, minimised.
         system_hash: SHA-256 of the serialised OpenMM System; models and samples carry it.
-        target: label of the potential, such as "amber14-all-obc1".
+        target: label of the potential, such as "amber14-all-obc1" or, in a box, "amber14-all-tip3p-pme".
+        box: [3, 3] nm (rows are box vectors), or None for an isolated molecule.
+        charge: total charge, elementary charges.
     """
 
     system: System
@@ -57,6 +69,8 @@ class Prepared:
     positions: np.ndarray
     system_hash: str
     target: str
+    box: np.ndarray | None = None
+    charge: int = 0
 
 
 def parse_sequence(sequence: str) -> list[str]:
@@ -88,6 +102,17 @@ def prepare_sequence(sequence: str, **physics: Any) -> Prepared:  # noqa: ANN401
     return prepare(topology, positions, variants=[VARIANTS.get(name) for name in names], add_hydrogens=True, **physics)
 
 
+def prepare_water(molecules: int, *, density: float = 0.997, **physics: Any) -> Prepared:  # noqa: ANN401 - passed to `prepare`
+    """Build a periodic box of water and prepare it; see `prepare` for the keyword arguments.
+
+    Args:
+        molecules: number of water molecules.
+        density: g/cm3, that of water at 298 K and 1 bar by default (216 molecules: 1.8643 nm).
+        **physics: keyword arguments of `prepare`.
+    """
+    return prepare(app.Topology(), [] * unit.nanometer, solvent=Solvent(molecules=molecules, density=density), **physics)
+
+
 def prepare_file(path: Path, **physics: Any) -> Prepared:  # noqa: ANN401 - passed to `prepare`
     """Read a PDB or mmCIF file and prepare it; hydrogens are added only where the file has none at all.
 
@@ -105,6 +130,7 @@ def prepare_file(path: Path, **physics: Any) -> Prepared:  # noqa: ANN401 - pass
     if count == 0:
         raise LongstrideError(f"{path} holds no atoms")
     bare = all(atom.element is not app.element.hydrogen for atom in structure.topology.atoms())
+    structure.topology.setPeriodicBoxVectors(None)  # that of a crystal is no box to simulate in
     return prepare(structure.topology, structure.positions, variants=None, add_hydrogens=bare, source=str(path), **physics)
 
 
@@ -118,43 +144,95 @@ def prepare(
     variants: list[str | None] | None = None,
     add_hydrogens: bool = False,
     source: str = "",
+    ligand: Ligand | None = None,
+    solvent: Solvent | None = None,
 ) -> Prepared:
-    """Parametrise, relabel canonically and minimise a molecule.
+    """Parametrise, relabel canonically and minimise a molecule, in a box of water where there is a `solvent`.
+
+    A box is cubic, its water flexible, its electrostatics and, beyond the cutoff, its mean dispersion those of OpenMM
+    (particle-mesh Ewald). There are no constraints anywhere.
 
     Args:
         topology: heavy atoms or all atoms.
         positions: of those atoms.
         name: label of the system.
         force_field: OpenMM force field XML files, by name or path.
-        cutoff_nm: non-periodic cutoff with reaction field, or None.
+        cutoff_nm: non-periodic cutoff with reaction field, or None; with a solvent that of the direct sum of PME.
         variants: protonation variant per residue for `add_hydrogens`.
         add_hydrogens: add missing hydrogens at pH 7.
         source: file name for error messages.
+        ligand: a small molecule to add, in the frame of `positions`, with its own parameters.
+        solvent: water to add.
 
     Raises:
-        LongstrideError: unknown force field, residue without a template, missing atoms.
+        LongstrideError: unknown force field, residue without a template, missing atoms, overlapping atoms; with a solvent
+            also an implicit force field, or a box smaller than twice the cutoff.
     """
-    field = _load_force_field(force_field)
+    source = source or name
+    if solvent is not None:
+        require_explicit(force_field, name=name)
+    field = _load_force_field(force_field, ligand)
     modeller = app.Modeller(topology, positions)
     if add_hydrogens:
         try:
-            with _seeded_random():
+            with seeded_random():
                 modeller.addHydrogens(field, pH=7.0, variants=variants, platform=_reference_platform())
         except (ValueError, KeyError, openmm.OpenMMException) as error:
-            raise LongstrideError(_template_message(error, source or name)) from error
+            raise LongstrideError(_template_message(error, source)) from error
+    check_overlap(modeller.topology, _as_array(modeller.positions), box=None, source=source)
+    if ligand is not None:
+        _add_ligand(modeller, ligand, source=source)
+    if solvent is not None:
+        modeller = add_water(modeller, field, solvent, name=name)
     complete = _sorted_bonds(modeller.topology)
-    openmm_system = _create_system(field, complete, cutoff_nm, source or name)
+    box = box_of(complete)
+    if box is not None:
+        check_cutoff(box, cutoff_nm, name=name)
+    openmm_system = _create_system(field, complete, cutoff_nm, source)
     system = describe(complete, openmm_system, name=name)
-    start = _as_array(modeller.positions)
-    start = canonical_labels(system, minimise(openmm_system, canonical_labels(system, start)))
+    start = canonical_labels(system, _as_array(modeller.positions))
+    start = canonical_labels(system, minimise(openmm_system, start))
+    check_overlap(complete, start, box=box, source=source)
     return Prepared(
         system=system,
         openmm_system=openmm_system,
         topology=complete,
         positions=start,
         system_hash=hash_system(openmm_system),
-        target="-".join(Path(item).stem for item in force_field),
+        target=_target(force_field, ligand, periodic=box is not None),
+        box=box,
+        charge=net_charge(openmm_system, name=name),
     )
+
+
+def _target(force_field: tuple[str, ...], ligand: Ligand | None, *, periodic: bool) -> str:
+    parts = [Path(item).stem for item in force_field]
+    return "-".join([*parts, *([ligand.label] if ligand else []), *(["pme"] if periodic else [])])
+
+
+def _add_ligand(modeller: app.Modeller, ligand: Ligand, *, source: str) -> None:
+    check_overlap(ligand.topology, ligand.positions, box=None, source="ligand")
+    first = modeller.topology.getNumAtoms()
+    modeller.add(ligand.topology, ligand.positions * unit.nanometer)
+    other = np.arange(modeller.topology.getNumAtoms()) >= first
+    x = _as_array(modeller.positions)
+    check_apart(modeller.topology, x, other, source=f"the ligand in {source}", shortest_nm=MIN_CONTACT_NM)
+
+
+def net_charge(openmm_system: openmm.System, *, name: str) -> int:
+    """Return the total charge of a System in elementary charges, the sum over its NonbondedForce; 0 without one.
+
+    Raises:
+        LongstrideError: the partial charges do not add up to a whole number.
+    """
+    for force in openmm_system.getForces():
+        if isinstance(force, openmm.NonbondedForce):
+            charges = [force.getParticleParameters(index)[0] for index in range(force.getNumParticles())]
+            total = sum(charge.value_in_unit(unit.elementary_charge) for charge in charges)
+            if abs(total - round(total)) > 0.01:
+                raise LongstrideError(f"the partial charges of {name!r} add up to {total:.3f}, not a whole number")
+            return round(total)
+    return 0
 
 
 def describe(topology: app.Topology, openmm_system: openmm.System, *, name: str) -> System:
@@ -178,12 +256,19 @@ def hash_system(openmm_system: openmm.System) -> str:
 
 
 def minimise(openmm_system: openmm.System, positions: np.ndarray, *, tolerance: float = 2.0) -> np.ndarray:
-    """Return locally minimised positions [atom, 3] nm (tolerance in kJ/mol/nm, Reference platform: reproducible).
+    """Return locally minimised positions [atom, 3] nm (tolerance in kJ/mol/nm).
+
+    The platform is Reference, and for a periodic system the CPU with deterministic forces on one thread, which is far
+    faster there: either way the result is reproducible.
 
     Raises:
         LongstrideError: the energy is not finite, such as for overlapping atoms.
     """
-    context = openmm.Context(openmm_system, openmm.VerletIntegrator(0.001), _reference_platform())
+    platform, options = _reference_platform(), {}
+    if openmm_system.usesPeriodicBoundaryConditions():
+        platform = openmm.Platform.getPlatformByName("CPU")
+        options = {"Threads": "1", "DeterministicForces": "true"}
+    context = openmm.Context(openmm_system, openmm.VerletIntegrator(0.001), platform, options)
     context.setPositions(positions)
     openmm.LocalEnergyMinimizer.minimize(context, tolerance)
     state = context.getState(getPositions=True, getEnergy=True)
@@ -312,6 +397,7 @@ def save_prepared(folder: Path, prepared: Prepared, content: dict[str, Any]) -> 
         "residue_names": system.residue_names,
         "residue_indices": system.residue_indices.tolist(),
         "positions_nm": prepared.positions.tolist(),  # PDB keeps only 1e-4 nm
+        "box_nm": box_values(prepared.box),
     }
     write_json(folder / "system.json", description)
     with atomic_path(folder / "structure.pdb") as temporary, temporary.open("w") as handle:
@@ -325,6 +411,8 @@ def save_prepared(folder: Path, prepared: Prepared, content: dict[str, Any]) -> 
             "target": prepared.target,
             "system_hash": prepared.system_hash,
             "n_atoms": system.n_atoms,
+            "box_nm": box_values(prepared.box),
+            "charge": prepared.charge,
             **content,
         },
     )
@@ -350,14 +438,25 @@ def load_prepared(folder: Path) -> Prepared:
         residue_names=tuple(found["residue_names"]),
         residue_indices=np.array(found["residue_indices"], dtype=np.int64),
     )
+    openmm_system = openmm.XmlSerializer.deserialize(text)
+    topology = app.PDBFile(str(folder / "structure.pdb")).topology
+    box = found.get("box_nm")
+    topology.setPeriodicBoxVectors(None if box is None else np.array(box) * unit.nanometer)  # PDB keeps only 1e-4 nm
     return Prepared(
         system=system,
-        openmm_system=openmm.XmlSerializer.deserialize(text),
-        topology=app.PDBFile(str(folder / "structure.pdb")).topology,
+        openmm_system=openmm_system,
+        topology=topology,
         positions=np.array(found["positions_nm"]),
         system_hash=manifest["system_hash"],
         target=found["target"],
+        box=None if box is None else np.array(box),
+        charge=net_charge(openmm_system, name=system.name),
     )
+
+
+def box_values(box: np.ndarray | None) -> list[list[float]] | None:
+    """Return a box [3, 3] nm as a manifest holds it, under the key box_nm; None for an isolated molecule."""
+    return None if box is None else box.tolist()
 
 
 def _build_heavy_atoms(names: list[str]) -> tuple[app.Topology, unit.Quantity]:
@@ -401,6 +500,7 @@ def _cap_atom(residue: str, atom: str) -> str | None:
 def _sorted_bonds(topology: app.Topology) -> app.Topology:
     """Return a copy whose bonds are sorted, so that the System does not depend on where the structure came from."""
     result = app.Topology()
+    result.setPeriodicBoxVectors(topology.getPeriodicBoxVectors())
     atoms = {}
     for chain in topology.chains():
         new_chain = result.addChain(chain.id)
@@ -413,15 +513,18 @@ def _sorted_bonds(topology: app.Topology) -> app.Topology:
     return result
 
 
-def _load_force_field(files: tuple[str, ...]) -> app.ForceField:
+def _load_force_field(files: tuple[str, ...], ligand: Ligand | None) -> app.ForceField:
+    templates = [] if ligand is None else [io.StringIO(ligand.template)]
     try:
-        return app.ForceField(*files)
+        return app.ForceField(*files, *templates)
     except Exception as error:  # OpenMM raises several kinds for a missing or malformed file
         raise LongstrideError(f"cannot load the force field {', '.join(files)}: {_flat(error)}") from error
 
 
 def _create_system(field: app.ForceField, topology: app.Topology, cutoff_nm: float | None, source: str) -> openmm.System:
     method = app.NoCutoff if cutoff_nm is None else app.CutoffNonPeriodic
+    if topology.getPeriodicBoxVectors() is not None:
+        method = app.PME
     options = {} if cutoff_nm is None else {"nonbondedCutoff": cutoff_nm * unit.nanometer}
     try:
         return field.createSystem(
@@ -446,14 +549,3 @@ def _as_array(positions: unit.Quantity) -> np.ndarray:
 
 def _reference_platform() -> openmm.Platform:
     return openmm.Platform.getPlatformByName("Reference")
-
-
-@contextlib.contextmanager
-def _seeded_random() -> Iterator[None]:
-    """Give Modeller's random initial hydrogens a fixed stream, and leave the global one untouched."""
-    saved = random.getstate()
-    random.seed(0)
-    try:
-        yield
-    finally:
-        random.setstate(saved)
