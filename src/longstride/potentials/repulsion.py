@@ -49,12 +49,28 @@ class ScreenedRepulsion:
             distances: [atom, batch, atom] nm; the diagonal is ignored.
         """
         r = distances.to(torch.float64)
-        reach, inverse_a = self.reach[:, None], self._inverse_a[:, None]
-        inside = (1 - (r / reach).square()).clamp(min=0)
-        switch, switch_slope = inside**3, -6 * r / reach.square() * inside.square()
-        screening = sum(c * torch.exp(-d * inverse_a * r) for c, d in zip(AMPLITUDES, DECAYS, strict=True))
-        slope = sum(-c * d * inverse_a * torch.exp(-d * inverse_a * r) for c, d in zip(AMPLITUDES, DECAYS, strict=True))
         off_diagonal = 1 - torch.eye(len(r), dtype=torch.float64)[:, None]
         half = 0.5 * self._strength[:, None] * off_diagonal
-        energy = half / r * screening * switch
-        return energy, half / r * (slope * switch + screening * switch_slope) - energy / r
+        return _screened(r, half, reach=self.reach[:, None], inverse_a=self._inverse_a[:, None])
+
+    def of_pairs(self, first: Tensor, second: Tensor, distances: Tensor) -> tuple[Tensor, Tensor]:
+        """Return V/2 and dV/dr/2 of single pairs: [pair] kJ/mol, kJ/mol/nm.
+
+        Args:
+            first: [pair] index of one atom.
+            second: [pair] index of the other.
+            distances: [pair] nm.
+        """
+        half = 0.5 * self._strength[first, second]
+        reach, inverse_a = self.reach[first, second], self._inverse_a[first, second]
+        return _screened(distances.to(torch.float64), half, reach=reach, inverse_a=inverse_a)
+
+
+def _screened(r: Tensor, strength: Tensor, *, reach: Tensor, inverse_a: Tensor) -> tuple[Tensor, Tensor]:
+    """Return strength / r x screening x switch, and its derivative."""
+    inside = (1 - (r / reach).square()).clamp(min=0)
+    switch, switch_slope = inside**3, -6 * r / reach.square() * inside.square()
+    screening = sum(c * torch.exp(-d * inverse_a * r) for c, d in zip(AMPLITUDES, DECAYS, strict=True))
+    slope = sum(-c * d * inverse_a * torch.exp(-d * inverse_a * r) for c, d in zip(AMPLITUDES, DECAYS, strict=True))
+    energy = strength / r * screening * switch
+    return energy, strength / r * (slope * switch + screening * switch_slope) - energy / r

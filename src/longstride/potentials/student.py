@@ -99,8 +99,23 @@ class StudentNetwork(nn.Module):
         self.shifts: Tensor
         self.register_buffer("shifts", torch.zeros(n, dtype=torch.float64))
 
+    def species_of(self, system: System) -> Tensor:
+        """Return the index of each atom's element in `metadata.elements`, [atom].
+
+        Raises:
+            LongstrideError: the molecule has an element that the student was not trained on.
+        """
+        known = self.metadata.elements
+        unknown = sorted({int(number) for number in system.atomic_numbers} - set(known))
+        if unknown:
+            raise LongstrideError(
+                f"this student knows the elements {list(known)}, but {system.name!r} contains atomic number {unknown[0]};"
+                " distil a student for this system"
+            )
+        return torch.tensor([known.index(int(number)) for number in system.atomic_numbers])
+
     def forward(self, system: System) -> Student:
-        """Return the student potential of one molecule, for training or for dynamics.
+        """Return the student potential of one small isolated molecule, for training or for dynamics.
 
         Raises:
             LongstrideError: the molecule has an element that the student was not trained on.
@@ -151,19 +166,12 @@ class Student:
     """
 
     def __init__(self, network: StudentNetwork, system: System) -> None:
-        known = network.metadata.elements
-        unknown = sorted({int(number) for number in system.atomic_numbers} - set(known))
-        if unknown:
-            raise LongstrideError(
-                f"this student knows the elements {list(known)}, but {system.name!r} contains atomic number {unknown[0]};"
-                " distil a student for this system"
-            )
+        species = network.species_of(system)
         self.system = system
         self.network = network
         self.name = f"student-of-{network.metadata.teacher}"
         self.dtype = network.first.dtype
         # inside, atoms are sorted by element, so that neighbours of one element are a slice
-        species = torch.tensor([known.index(int(number)) for number in system.atomic_numbers])
         self._order = torch.argsort(species, stable=True)
         self._original = torch.argsort(self._order)
         self._species = species[self._order]

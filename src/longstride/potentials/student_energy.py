@@ -86,6 +86,20 @@ def monomials(rho: Tensor) -> Tensor:
     return result
 
 
+def joined_monomials(rho: Tensor) -> Tensor:
+    """Return what `monomials` returns, without writing in place, which compilers do not follow."""
+    parts = [torch.ones_like(rho[:, :, :1]), rho]
+    for counts in ((3, 2, 1), (6, 3, 1)):
+        below = parts[-1]
+        parts.append(
+            torch.cat(
+                [rho[:, :, axis : axis + 1] * below[:, :, below.shape[2] - count :] for axis, count in enumerate(counts)],
+                dim=2,
+            )
+        )
+    return torch.cat(parts, dim=2)
+
+
 def radial_functions(r2: Tensor, *, cutoff: float, waves: Tensor) -> Radial:
     """Return the radial functions of squared distances.
 
