@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from mdtraj.formats import DCDTrajectoryFile
+from mdtraj.utils import box_vectors_to_lengths_and_angles
 
 from longstride.data.atomic import atomic_path, read_arrays, write_arrays
 from longstride.data.manifest import read_manifest
@@ -18,20 +19,44 @@ if TYPE_CHECKING:
 FIELDS = ("positions", "velocities", "forces", "potential_energy", "kinetic_energy", "time")
 
 
-def write_trajectory(folder: Path, index: int, frames: Mapping[str, np.ndarray]) -> list[str]:
+def write_trajectory(folder: Path, index: int, frames: Mapping[str, np.ndarray], *, box: np.ndarray | None = None) -> list[str]:
     """Write trajectory_<index>.safetensors (everything) and .dcd (positions, for MDTraj) and return their names.
 
     Args:
         folder: where to write.
         index: number of the trajectory.
         frames: positions [frame, atom, 3] nm, velocities nm/ps, forces kJ/mol/nm, potential_energy and
-            kinetic_energy [frame] kJ/mol, time [frame] ps.
+            kinetic_energy [frame] kJ/mol, time [frame] ps. In a periodic box positions are unwrapped: molecules are whole
+            and leave the box as they diffuse.
+        box: [3, 3] nm (rows are box vectors), the same for all frames, or None. The folder's manifest holds it as box_nm.
     """
     stem = f"trajectory_{index:02d}"
     write_arrays(folder / f"{stem}.safetensors", frames)
     with atomic_path(folder / f"{stem}.dcd") as temporary, DCDTrajectoryFile(str(temporary), "w") as handle:
-        handle.write(frames["positions"] * 10.0)  # DCD holds Å
+        handle.write(frames["positions"] * 10.0, **_cell(box, count=len(frames["positions"])))  # DCD holds Å
     return [f"{stem}.safetensors", f"{stem}.dcd"]
+
+
+def _cell(box: np.ndarray | None, *, count: int) -> dict[str, np.ndarray]:
+    """Return the unit cell of `count` frames as DCD holds it: lengths in Å, angles in degrees."""
+    if box is None:
+        return {}
+    a, b, c, alpha, beta, gamma = box_vectors_to_lengths_and_angles(*box)
+    return {
+        "cell_lengths": np.tile(np.array([a, b, c]) * 10.0, (count, 1)),
+        "cell_angles": np.tile([alpha, beta, gamma], (count, 1)),
+    }
+
+
+def read_box(folder: Path) -> np.ndarray | None:
+    """Return the constant box of a reference folder, [3, 3] nm (rows are box vectors); None without one.
+
+    Raises:
+        DataError: no manifest, or a file of it is missing or truncated.
+    """
+    manifest = read_manifest(folder, kind="reference", verify=False)
+    box = manifest.get("box_nm")
+    return None if box is None else np.array(box, dtype=np.float64)
 
 
 def read_trajectories(folder: Path, *, fields: tuple[str, ...] = FIELDS) -> list[dict[str, np.ndarray]]:

@@ -62,6 +62,7 @@ def write_shards(
         **{key: source[key] for key in ("system", "target", "system_hash", "temperature_K")},
         "lags_ps": list(lags_ps),
         "frame_spacing_ps": spacing,
+        "box_nm": source.get("box_nm"),
         "splits": splits,
         "counts": counts,
     }

@@ -87,8 +87,9 @@ class MDResult:
     """Trajectories and what they cost.
 
     Attributes:
-        trajectories: one dict of arrays each: positions [frame, atom, 3] nm (float32, centre of mass at the origin),
-            velocities, forces, potential_energy, kinetic_energy [frame] kJ/mol, time [frame] ps.
+        trajectories: one dict of arrays each: positions [frame, atom, 3] nm (float32, centre of mass at the origin; in a
+            periodic box unwrapped, so that molecules are whole and displacements are those of diffusion), velocities,
+            forces, potential_energy, kinetic_energy [frame] kJ/mol, time [frame] ps.
         production_s: wall seconds of the saved part, summed over trajectories.
         equilibration_s: wall seconds of the discarded part, summed over trajectories.
     """

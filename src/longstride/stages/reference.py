@@ -1,4 +1,8 @@
-"""Stage `reference`: independent trajectories started in different basins, by OpenMM or on the batched force field."""
+"""Stage `reference`: independent trajectories by OpenMM or on the batched force field.
+
+Isolated molecules start in different basins of their backbone; in a periodic box, where turned torsions would run into
+water, all trajectories start from the prepared structure and differ by their velocities and noise.
+"""
 
 from __future__ import annotations
 
@@ -17,10 +21,11 @@ from longstride.dynamics.masses import repartitioned_masses
 from longstride.dynamics.openmm_md import MDPlan, run_trajectories
 from longstride.dynamics.runner import RunPlan
 from longstride.dynamics.starts import basin_starts
+from longstride.errors import LongstrideError
 from longstride.fingerprints import code_version
 from longstride.provenance import provenance
 from longstride.stages.target import target_potential
-from longstride.systems import load_prepared
+from longstride.systems import box_values, load_prepared
 from longstride.units import FS_PS
 
 if TYPE_CHECKING:
@@ -38,15 +43,19 @@ def run(
 
     Raises:
         NumericsError: the dynamics diverged.
-        LongstrideError: engine `batched` does not know a force of the System.
+        LongstrideError: engine `batched` does not know a force of the System, or the system is periodic.
     """
     molecule = load_prepared(prepared)
-    starts = basin_starts(molecule, section.trajectories)
+    starts = _starts(molecule, section)
     key = fingerprint(section.model_dump(), physics.model_dump(), molecule.system_hash, seed, code_version("reference"))
     engine = _openmm if section.engine == "openmm" else _batched
     made = engine(section, molecule, starts, physics=physics, state=state, key=key, seed=seed, threads=threads)
     out.mkdir(parents=True, exist_ok=True)
-    files = [name for index, frames in enumerate(made.trajectories) for name in write_trajectory(out, index, frames)]
+    files = [
+        name
+        for index, frames in enumerate(made.trajectories)
+        for name in write_trajectory(out, index, frames, box=molecule.box)
+    ]
     steps = round(section.length_ps / (section.timestep_fs * FS_PS)) * section.trajectories
     content = {
         "system": molecule.system.name,
@@ -56,6 +65,7 @@ def run(
         "engine": section.engine,
         "trajectories": section.trajectories,
         "frame_spacing_ps": section.save_every_ps,
+        "box_nm": box_values(molecule.box),
         "timestep_fs": section.timestep_fs,
         "masses_Da": repartitioned_masses(molecule.system, section.hydrogen_mass_Da).tolist(),
         "threads": made.processes,
@@ -69,6 +79,18 @@ def run(
     total = section.trajectories * section.length_ps
     rate = total / max(made.production_s / made.processes, 1e-9)
     print(f"reference: {section.trajectories} trajectories, {total:g} ps, {rate:.3g} ps/s on {made.processes} cores")
+
+
+def _starts(molecule: Prepared, section: ReferenceConfig) -> np.ndarray:
+    """Return where the trajectories start, [trajectory, atom, 3] nm."""
+    if molecule.box is None:
+        return basin_starts(molecule, section.trajectories)
+    if section.engine != "openmm":
+        raise LongstrideError(
+            f"reference.engine: {section.engine} handles isolated molecules, {molecule.system.name!r} lies in a periodic"
+            " box; set reference.engine: openmm"
+        )
+    return np.repeat(molecule.positions[None], section.trajectories, axis=0)
 
 
 @dataclass(frozen=True, kw_only=True)
