@@ -15,32 +15,30 @@ import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-import torch
 
 from longstride.errors import DataError, LongstrideError, NumericsError
-from longstride.potentials.periodic import check_box, neighbour_pairs
+from longstride.potentials.external import ExternalPotential, check_elements, check_neutral, missing_package
+from longstride.potentials.periodic import neighbour_pairs
 from longstride.potentials.weights import weight_files, weights_digest
 from longstride.units import ANGSTROM_NM, HARTREE_KJ_PER_MOL
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from longstride.state import State, System
+    from longstride.state import System
 
 FETCH = (
     "FeNNol models (.fnx) are in the repository FeNNol-tools/FeNNol-PMC; put the file anywhere and name its path in"
     " distill.teacher_weights"
 )
-EXTRA = "teacher fennol needs a package that is not installed: pip install 'longstride[fennol]'"
-ATOMS_PER_CALL = 4096  # larger batches are cut, for memory
 MARGIN = 1.2  # room in the arrays of fixed size beyond the first configuration
 MAX_GROWTH = 8  # repeats of a call whose lists do not fit
 
 
-class FennolPotential:
+class FennolPotential(ExternalPotential):
     """Energy and forces of a FeNNol model, U(x) = mean over members of sum over atoms of E_i(x).
 
     Members of one architecture are evaluated together (`jax.vmap` over their weights), so that what has no weights, such
@@ -74,8 +72,8 @@ class FennolPotential:
         files = weight_files(weights, kind="fennol", suffixes=(".fnx",), fetch=FETCH)
         # XLA sizes its pool of threads when it starts
         os.environ.setdefault("PJRT_NPROC", str(threads))
-        self.system, self.charge, self.dtype = system, charge, dtype
-        self.name = name or fennol_label(files)
+        super().__init__(system, name=name or fennol_label(files))
+        self.charge, self.dtype = charge, dtype
         with _precision(dtype):
             models = [_load(path) for path in files]
             _check_elements(system, models, files)
@@ -89,62 +87,15 @@ class FennolPotential:
         """The longest range of a list of neighbours, nm."""
         return max(group.cutoff for group in self._groups) * ANGSTROM_NM
 
-    def energy(self, x: State) -> torch.Tensor:
-        """Return U(x), [batch] kJ/mol float64."""
-        return self._evaluate(x, forces=False)[0]
-
-    def energy_forces(self, x: State) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return U(x), [batch] kJ/mol, and F = -dU/dx, [batch, atom, 3] kJ/mol/nm, both float64.
-
-        Raises:
-            LongstrideError: the shape is another system's, or the box is narrower than twice the cutoff.
-            NumericsError: the lists of a configuration do not fit any array (atoms on top of each other).
-        """
-        return self._evaluate(x, forces=True)
-
-    def _evaluate(self, x: State, *, forces: bool) -> tuple[torch.Tensor, torch.Tensor]:
-        positions, boxes = self._checked(x)
-        energies = np.full(len(positions), np.nan)
-        slopes = np.full(positions.shape if forces else (0,), np.nan)
-        good = np.isfinite(positions).all(axis=(1, 2))
-        if good.any():
-            # a place holder keeps the number of replicas, and with it the compiled function
-            positions = np.where(good[:, None, None], positions, positions[good.argmax()])
-            per_call = max(1, ATOMS_PER_CALL // max(1, self.system.n_atoms))
-            with _precision(self.dtype):
-                for first in range(0, len(positions), per_call):
-                    part = slice(first, first + per_call)
-                    found = self._mean(positions[part], None if boxes is None else boxes[part], forces=forces)
-                    energies[part] = found[0]
-                    if forces:
-                        slopes[part] = found[1]
-            energies[~good] = np.nan
-            if forces:
-                slopes[~good] = np.nan
-        device = x.positions.device
-        return torch.from_numpy(energies).to(device), torch.from_numpy(slopes).to(device)
-
-    def _mean(self, positions: np.ndarray, boxes: np.ndarray | None, *, forces: bool) -> tuple[np.ndarray, np.ndarray]:
-        answers = [group.evaluate(positions, boxes, forces=forces) for group in self._groups]
+    def _call(self, positions: np.ndarray, boxes: np.ndarray | None, *, forces: bool) -> tuple[np.ndarray, np.ndarray | None]:
+        if not self._groups:
+            raise NumericsError("this FeNNol potential was closed; make a new one")
+        with _precision(self.dtype):
+            answers = [group.evaluate(positions, boxes, forces=forces) for group in self._groups]
         energy = sum(weight * answer[0] for weight, answer in zip(self._weights, answers, strict=True))
-        slope = sum(weight * answer[1] for weight, answer in zip(self._weights, answers, strict=True))
-        return np.asarray(energy), np.asarray(slope)
-
-    def _checked(self, x: State) -> tuple[np.ndarray, np.ndarray | None]:
-        if x.positions.dim() != 3 or x.positions.shape[1:] != (self.system.n_atoms, 3):
-            raise LongstrideError(
-                f"positions have shape {tuple(x.positions.shape)}, expected [batch, {self.system.n_atoms}, 3] for"
-                f" {self.system.name!r}"
-            )
-        positions = x.positions.detach().to(device="cpu", dtype=torch.float64).numpy() / ANGSTROM_NM
-        if x.box is None:
-            # far from the origin float32 would lose digits
-            return positions - positions.mean(axis=1, keepdims=True), None
-        boxes = x.box.detach().to(device="cpu", dtype=torch.float64).numpy() / ANGSTROM_NM
-        boxes = np.broadcast_to(boxes, (len(positions), 3, 3))
-        check_box(boxes * ANGSTROM_NM, self.cutoff_nm, self.system.name)
-        inside = np.where(np.isfinite(positions), positions, 0.0) @ np.linalg.inv(boxes)
-        return positions - np.floor(inside) @ boxes, boxes
+        if not forces:
+            return np.asarray(energy), None
+        return np.asarray(energy), np.asarray(sum(w * answer[1] for w, answer in zip(self._weights, answers, strict=True)))
 
     def _check_charge(self) -> None:
         """A net charge is refused where no energy depends on it."""
@@ -154,20 +105,11 @@ class FennolPotential:
         for group in self._groups:
             charged, neutral = (group.evaluate(trial[None], None, forces=False, charge=q)[0] for q in (self.charge, 0))
             if charged[0] == neutral[0]:
-                raise LongstrideError(
-                    f"{self.system.name!r} has a net charge of {self.charge:+d} and teacher {self.name} has no input for it;"
-                    " choose a teacher for ions (gfn2-xtb, aimnet2, a FENNIX-Bio1 model)"
-                )
+                check_neutral(self.system, self.charge, teacher=self.name)
 
     def close(self) -> None:
         """Release the compiled functions."""
         self._groups = []
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
 
 def fennol_label(weights: Sequence[Path | str]) -> str:
@@ -306,7 +248,7 @@ def _load(path: Path) -> Any:  # noqa: ANN401
     try:
         from fennol import FENNIX
     except ImportError as error:
-        raise LongstrideError(EXTRA) from error
+        raise missing_package("fennol") from error
     try:
         return FENNIX.load(path)
     except Exception as error:  # flax, msgpack and FeNNol each raise their own
@@ -340,17 +282,14 @@ def known_elements(model: Any) -> set[str] | None:  # noqa: ANN401
 
 
 def _check_elements(system: System, models: list[Any], files: Sequence[Path]) -> None:
-    from ase.data import chemical_symbols
+    from ase.data import atomic_numbers
 
-    wanted = [chemical_symbols[int(number)] for number in sorted({int(number) for number in system.atomic_numbers})]
     for model, path in zip(models, files, strict=True):
         if not model.energy_terms:
             raise DataError(f"{path} is a FeNNol model without energy terms, so it cannot be a teacher")
         known = known_elements(model)
-        if known is not None and (unknown := [symbol for symbol in wanted if symbol not in known]):
-            raise LongstrideError(
-                f"{path.name} does not know {', '.join(unknown)} of {system.name!r}; it knows {', '.join(sorted(known))}"
-            )
+        if known is not None:
+            check_elements(system, [atomic_numbers[symbol] for symbol in known], teacher=path.name)
 
 
 def _padded(
@@ -405,7 +344,7 @@ def _import_jax() -> Any:  # noqa: ANN401
     try:
         import jax
     except ImportError as error:
-        raise LongstrideError(EXTRA) from error
+        raise missing_package("fennol") from error
     return jax
 
 
