@@ -149,26 +149,19 @@ def test_reported_energy_and_forces_belong_to_the_teacher():
     assert torch.equal(md.fast_forces, fast.energy_forces(State(positions=md.positions))[1])
 
 
+def only(md, index):
+    """One replica of a state."""
+    arrays = ("positions", "velocities", "forces", "potential_energy", "fast_forces")
+    return replace(md, **{key: getattr(md, key)[index : index + 1] for key in arrays})
+
+
 def test_replicas_do_not_interact():
     fast = PairSprings(48_000.0)
     one = replace(begin(fast), velocities=begin(fast).velocities.clone())
     together = run(multiple(2e-3, 2, fast, friction=0.0), one, 50)
     for index in range(3):
-        alone = MDState(
-            **{key: getattr(one, key)[index : index + 1] if key != "masses" else MASSES for key in one.__dataclass_fields__}
-        )
-        assert (
-            difference(
-                run(multiple(2e-3, 2, fast, friction=0.0), alone, 50),
-                MDState(
-                    **{
-                        key: getattr(together, key)[index : index + 1] if key != "masses" else MASSES
-                        for key in one.__dataclass_fields__
-                    }
-                ),
-            )
-            < 1e-11
-        )
+        alone = only(one, index)
+        assert difference(run(multiple(2e-3, 2, fast, friction=0.0), alone, 50), only(together, index)) < 1e-11
 
 
 @pytest.mark.parametrize(("dt", "n"), [(5e-4, 1), (1e-3, 4)])

@@ -35,6 +35,7 @@ class MDState:
         potential_energy: [replica] kJ/mol, of the same potential.
         masses: [atom] Da; those that move, which may be repartitioned.
         fast_forces: [replica, atom, 3] kJ/mol/nm of the fast potential at `positions`, in multi-time-step runs.
+        box: [replica, 3, 3] nm (rows are box vectors), constant, or None for isolated molecules. Positions are not wrapped.
     """
 
     positions: Tensor
@@ -43,6 +44,7 @@ class MDState:
     potential_energy: Tensor
     masses: Tensor
     fast_forces: Tensor | None = None
+    box: Tensor | None = None
 
     @property
     def kinetic_energy(self) -> Tensor:
@@ -68,11 +70,26 @@ def thermal_velocities(shape: torch.Size, masses: Tensor, kT: float | Tensor, ge
 
 
 def start(
-    positions: Tensor, velocities: Tensor, *, masses: Tensor, potential: Potential, fast: Potential | None = None
+    positions: Tensor,
+    velocities: Tensor,
+    *,
+    masses: Tensor,
+    potential: Potential,
+    fast: Potential | None = None,
+    box: Tensor | None = None,
 ) -> MDState:
-    """Return the state at rest in time: forces of `potential`, and of `fast` where given, at the positions."""
-    energy, forces = potential.energy_forces(State(positions=positions))
-    fast_forces = None if fast is None else fast.energy_forces(State(positions=positions))[1].to(positions.dtype)
+    """Return the state at rest in time: forces of `potential`, and of `fast` where given, at the positions.
+
+    Args:
+        positions: [replica, atom, 3] nm.
+        velocities: [replica, atom, 3] nm/ps.
+        masses: [atom] Da.
+        potential: the (slow, reference) potential.
+        fast: the fast potential of multi-time-step dynamics.
+        box: [replica, 3, 3] nm, or None for isolated molecules.
+    """
+    energy, forces = potential.energy_forces(State(positions=positions, box=box))
+    fast_forces = None if fast is None else _evaluate(fast, positions, box)[1]
     return MDState(
         positions=positions,
         velocities=velocities,
@@ -80,6 +97,7 @@ def start(
         potential_energy=energy.to(positions.dtype),
         masses=masses,
         fast_forces=fast_forces,
+        box=box,
     )
 
 
@@ -96,7 +114,7 @@ def verlet(md: MDState, *, potential: Potential, dt: float) -> MDState:
     inverse = 1 / md.masses[:, None]
     v = md.velocities + 0.5 * dt * md.forces * inverse
     x = md.positions + dt * v
-    energy, forces = _evaluate(potential, x)
+    energy, forces = _evaluate(potential, x, md.box)
     return replace(md, positions=x, velocities=v + 0.5 * dt * forces * inverse, forces=forces, potential_energy=energy)
 
 
@@ -118,7 +136,7 @@ def baoab(
     kick = 0.5 * dt / md.masses[:, None]
     middle = _Middle(dt, md.masses, kT=kT, friction=friction, generator=generator)
     x, v = middle(md.positions, torch.addcmul(md.velocities, kick, md.forces))
-    energy, forces = _evaluate(potential, x)
+    energy, forces = _evaluate(potential, x, md.box)
     velocities = torch.addcmul(v, kick, forces)
     return replace(md, positions=x, velocities=velocities, forces=forces, potential_energy=energy)
 
@@ -167,9 +185,9 @@ def respa_baoab(
     v = torch.addcmul(md.velocities, outer_kick, md.forces - f_fast)
     for _ in range(int(n_inner)):
         x, v = middle(x, torch.addcmul(v, kick, f_fast))
-        f_fast = _evaluate(fast, x)[1]
+        f_fast = _evaluate(fast, x, md.box)[1]
         v = torch.addcmul(v, kick, f_fast)
-    energy, f_slow = _evaluate(slow, x)
+    energy, f_slow = _evaluate(slow, x, md.box)
     v = torch.addcmul(v, outer_kick, f_slow - f_fast)
     return replace(md, positions=x, velocities=v, forces=f_slow, potential_energy=energy, fast_forces=f_fast)
 
@@ -222,6 +240,6 @@ class _Middle:
         return torch.add(x, v, alpha=self._half), v
 
 
-def _evaluate(potential: Potential, x: Tensor) -> tuple[Tensor, Tensor]:
-    energy, forces = potential.energy_forces(State(positions=x))
+def _evaluate(potential: Potential, x: Tensor, box: Tensor | None) -> tuple[Tensor, Tensor]:
+    energy, forces = potential.energy_forces(State(positions=x, box=box))
     return energy.to(x.dtype), forces.to(x.dtype)

@@ -17,6 +17,7 @@ from longstride.data.checkpoint import open_state
 from longstride.dynamics.groups import run_groups, side_by_side
 from longstride.dynamics.integrators import MDState, baoab, respa_baoab, start, thermal_velocities
 from longstride.dynamics.runner import Monitor, RunPlan, run_trajectory
+from longstride.potentials.amber import compiler_available
 from longstride.potentials.student import load_student
 from longstride.potentials.teachers import TeacherSpec, open_teacher
 from longstride.seeds import job_seed
@@ -29,7 +30,8 @@ if TYPE_CHECKING:
     from longstride.potentials.base import Potential
     from longstride.systems import Prepared
 
-GROUP = 2  # replicas: a student call for two costs little more than for one, and more groups use more cores
+GROUP = 4  # replicas: a student call for four costs little more than for one
+LARGE_ATOMS = 200  # from here on a student call costs in proportion to its replicas, and every replica is a group
 EQUILIBRATION_FRICTION_PER_PS = 10.0
 
 
@@ -98,7 +100,7 @@ def run_replicas(job: ReplicaJob, starts: np.ndarray, *, state: Path, key: str, 
     results = run_groups(
         partial(run_group, job),
         starts,
-        size=GROUP,
+        size=group_size(job.molecule.system.n_atoms),
         steps=job.plan.total,
         state=state,
         key=key,
@@ -112,13 +114,22 @@ def run_replicas(job: ReplicaJob, starts: np.ndarray, *, state: Path, key: str, 
     )
 
 
+def group_size(n_atoms: int) -> int:
+    """Return how many replicas share a process and every student call."""
+    return 1 if n_atoms >= LARGE_ATOMS else GROUP
+
+
 def run_group(
     job: ReplicaJob, first: int, starts: np.ndarray, *, folder: Path, key: str, progress: Callable[[float], None] | None = None
 ) -> ReplicaResult:
     """Run or continue one group; replica `first` of the job is its first."""
     torch.set_num_threads(1)  # tensors of a few replicas are too small to share between threads
     system = job.molecule.system
-    student = None if job.student is None else load_student(job.student, teacher=job.teacher.label_for(job.molecule))(system)
+    student = None
+    if job.student is not None:
+        network = load_student(job.student, teacher=job.teacher.label_for(job.molecule))
+        # a trajectory is long, so that half a minute of compiling pays
+        student = network.bind(system, periodic=job.molecule.box is not None, compile=compiler_available())
     monitor = Monitor(
         system=system,
         temperature_K=job.temperature_K,
@@ -145,7 +156,8 @@ def _begin(job: ReplicaJob, first: int, starts: np.ndarray, *, teacher: Potentia
     positions, masses = torch.from_numpy(starts), torch.from_numpy(job.masses)
     generator = torch.Generator().manual_seed(job_seed(job.seed, "velocities", first))
     velocities = thermal_velocities(positions.shape, masses, thermal_energy(job.temperature_K), generator)
-    return start(positions, velocities, masses=masses, potential=teacher, fast=student)
+    box = None if job.molecule.box is None else torch.from_numpy(job.molecule.box).expand(len(positions), 3, 3).contiguous()
+    return start(positions, velocities, masses=masses, potential=teacher, fast=student, box=box)
 
 
 def _step(

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from longstride.data.checkpoint import StateFolder
     from longstride.state import System
 
-FIELDS = ("positions", "velocities", "forces", "potential_energy", "masses", "fast_forces")
+FIELDS = ("positions", "velocities", "forces", "potential_energy", "masses", "fast_forces", "box")
 
 
 @dataclass(frozen=True, kw_only=True)

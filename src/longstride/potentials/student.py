@@ -19,7 +19,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -43,9 +43,13 @@ from longstride.potentials.student_energy import (
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from longstride.potentials.student_neighbours import NeighbourStudent
     from longstride.state import State, System
 
+    AnyStudent: TypeAlias = "Student | NeighbourStudent"
+
 FORMAT = "longstride student 1"
+ALL_PAIRS_ATOMS = 64  # beyond, neighbour lists are faster
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,6 +117,23 @@ class StudentNetwork(nn.Module):
                 " distil a student for this system"
             )
         return torch.tensor([known.index(int(number)) for number in system.atomic_numbers])
+
+    def bind(self, system: System, *, periodic: bool = False, compile: bool = False) -> AnyStudent:
+        """Return the student potential of a system, on all pairs where that is faster, otherwise on neighbour lists.
+
+        Args:
+            system: the molecules.
+            periodic: whether they are in a box.
+            compile: compile the evaluation on neighbour lists; no effect on all pairs.
+
+        Raises:
+            LongstrideError: an element that the student was not trained on.
+        """
+        if not periodic and system.n_atoms <= ALL_PAIRS_ATOMS:
+            return Student(self, system)
+        from longstride.potentials.student_neighbours import NeighbourStudent
+
+        return NeighbourStudent(self, system, compile=compile)
 
     def forward(self, system: System) -> Student:
         """Return the student potential of one small isolated molecule, for training or for dynamics.
@@ -203,12 +224,14 @@ class Student:
             energy, forces = self._energy_forces(x.positions, self._atom_weights)
         return energy.clone(), forces.to(torch.float64)  # outside, so that both are ordinary tensors
 
-    def network_forces(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+    def network_forces(self, positions: Tensor, box: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return energies without shifts, [batch], and forces as functions of the network's weights, for training.
 
         Args:
             positions: [batch, atom, 3] nm.
+            box: None; see `bind` for periodic systems.
         """
+        assert box is None
         energy, forces = self._energy_forces(positions, self.network.per_atom(self._species, self._present))
         return energy - self._shift, forces
 

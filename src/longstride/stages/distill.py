@@ -60,14 +60,17 @@ def run(section: DistillConfig, *, prepared: Path, reference: Path, out: Path, s
         with open_teacher(spec, molecule, charge=charge, threads=threads) as teacher:
             kT, progress = thermal_energy(source["temperature_K"]), Progress(f"labels of {target}", plan.total, "frames")
             label_seed = job_seed(seed, "labels")
-            frames = label_frames(teacher, positions, plan=plan, kT=kT, seed=label_seed, store=labels, progress=progress)
+            frames = label_frames(
+                teacher, positions, plan=plan, kT=kT, seed=label_seed, store=labels, box=molecule.box, progress=progress
+            )
         label_s = time.perf_counter() - began
         kept, held_out = split(frames, len(positions))
         network = StudentNetwork(_metadata(section, molecule, target), torch.Generator().manual_seed(job_seed(seed, "weights")))
+        student = network.bind(molecule.system, periodic=molecule.box is not None)
         began = time.perf_counter()
         rows = train(
             network,
-            network(molecule.system),
+            student,
             kept,
             held_out,
             section=section,
@@ -76,7 +79,7 @@ def run(section: DistillConfig, *, prepared: Path, reference: Path, out: Path, s
             progress=Progress("distillation", section.max_steps, "steps"),
         )
         train_s = time.perf_counter() - began
-        quality = asdict(measure(network, network(molecule.system), held_out))
+        quality = asdict(measure(network, student, held_out))
         content = {
             "system": molecule.system.name,
             "system_hash": molecule.system_hash,

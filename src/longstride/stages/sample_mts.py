@@ -18,14 +18,14 @@ from longstride.data.checkpoint import fingerprint, open_state
 from longstride.data.frames import start_positions
 from longstride.data.manifest import read_manifest, write_manifest
 from longstride.dynamics.masses import repartitioned_masses
-from longstride.dynamics.replicas import GROUP, ReplicaJob, ReplicaResult, run_replicas
+from longstride.dynamics.replicas import ReplicaJob, ReplicaResult, group_size, run_replicas
 from longstride.dynamics.runner import RunPlan
 from longstride.fingerprints import code_version
 from longstride.potentials.student import load_student
 from longstride.provenance import provenance
 from longstride.seeds import job_seed
 from longstride.stages.distill import total_charge
-from longstride.systems import load_prepared
+from longstride.systems import box_values, load_prepared
 from longstride.units import BOLTZMANN_KJ_PER_MOL_K, FS_PS
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ def run_mts(
     trained = read_manifest(distill, kind="distill")
     job = _Job(section, "mts", prepared=prepared, reference=reference, seed=seed, teacher=teacher)
     job.student, job.identity = distill / "student.safetensors", trained["files"]
-    load_student(job.student, teacher=job.target)(job.molecule.system)  # a refusal comes before any process starts
+    load_student(job.student, teacher=job.target).species_of(job.molecule.system)  # a refusal comes before any process starts
     job.max_slow_force = section.max_slow_force_kJ_per_mol_nm
     job.advice = (
         "use a shorter outer_timestep_fs (hydrogens of 1.008 Da allow about 3 fs) or heavier hydrogens (hydrogen_mass_Da), or"
@@ -152,7 +152,7 @@ class _Job:
         calls = plan.n_steps * self.section.replicas
         by_element = element_temperatures(result.frames["velocities"], self.masses, self.molecule.system.atomic_numbers)
         # groups run side by side, one per core: the machine is busy for the sum divided by the cores
-        busy = min(threads, -(-self.section.replicas // GROUP))
+        busy = min(threads, -(-self.section.replicas // group_size(self.molecule.system.n_atoms)))
         sampling_s, burn_in_s = result.production_s / busy, result.discarded_s / busy
         content = {
             "system": self.molecule.system.name,
@@ -165,6 +165,7 @@ class _Job:
             "system_hash": self.molecule.system_hash,
             "temperature_K": self.temperature_K,
             "masses_Da": self.masses.tolist(),
+            "box_nm": box_values(self.molecule.box),
             "kinetic_temperature_K": by_element,
             "counts": {
                 "force_calls": calls,

@@ -22,7 +22,7 @@ from longstride.errors import NumericsError
 if TYPE_CHECKING:
     from longstride.config import DistillConfig
     from longstride.data.checkpoint import StateFolder
-    from longstride.potentials.student import Student, StudentNetwork
+    from longstride.potentials.student import AnyStudent, StudentNetwork
     from longstride.progress import Progress
     from longstride.training.labels import Labelled
 
@@ -30,7 +30,7 @@ MAX_GRADIENT = 1.0
 WARMUP_STEPS = 50
 FINAL_RATE = 0.01  # of the peak
 ENERGY_WEIGHT = 0.01
-CHUNK = 64
+ATOMS_AT_ONCE = 1408  # when only looking
 TRACKED_FRAMES = 128
 
 
@@ -57,7 +57,7 @@ class Quality:
 
 def train(
     network: StudentNetwork,
-    student: Student,
+    student: AnyStudent,
     frames: Labelled,
     held_out: Labelled,
     *,
@@ -92,7 +92,7 @@ def train(
         for group in optimiser.param_groups:
             group["lr"] = rate
         chosen = torch.randint(len(frames), (section.batch_size,), generator=generator)
-        energies, forces = student.network_forces(positions[chosen])
+        energies, forces = student.network_forces(positions[chosen], frames.boxes(len(chosen)))
         force_loss = ((forces - targets[chosen]) / force_scale).square().mean()
         residual = energies - frames.energies[chosen]
         energy_loss = ((residual - residual.mean()) / energy_scale).square().mean()
@@ -119,17 +119,18 @@ def learning_rate(step: int, *, peak: float, steps: int) -> float:
     return peak * min(1.0, (step + 1) / WARMUP_STEPS) * decay
 
 
-def predict(student: Student, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def predict(student: AnyStudent, frames: Labelled) -> tuple[torch.Tensor, torch.Tensor]:
     """Return energies without shifts [frame] and forces [frame, atom, 3] of the network as it is now, float64."""
+    count = max(1, ATOMS_AT_ONCE // student.system.n_atoms)
     with torch.no_grad():
-        parts = [student.network_forces(part) for part in positions.split(CHUNK)]
+        parts = [student.network_forces(part, frames.boxes(len(part))) for part in frames.positions.split(count)]
     return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts]).to(torch.float64)
 
 
-def measure(network: StudentNetwork, student: Student, frames: Labelled) -> Quality:
+def measure(network: StudentNetwork, student: AnyStudent, frames: Labelled) -> Quality:
     """Compare student and teacher on labelled frames."""
     del network  # the student reads it; named so that a call says what is measured
-    energies, forces = predict(student, frames.positions)
+    energies, forces = predict(student, frames)
     error = forces - frames.forces
     bonds = torch.from_numpy(np.asarray(student.system.bonds))
     bond_relative, stiffness = stiff_errors(frames.positions, frames.forces, forces, bonds)
@@ -170,9 +171,9 @@ def stiff_errors(
     return float(along[1].square().mean().sqrt() / along[0].square().mean().sqrt()), slopes[1] / slopes[0]
 
 
-def fit_shifts(network: StudentNetwork, student: Student, frames: Labelled) -> None:
+def fit_shifts(network: StudentNetwork, student: AnyStudent, frames: Labelled) -> None:
     """Set one energy per element so that mean energies agree (least squares, smallest shifts where undetermined)."""
-    energies, _ = predict(student, frames.positions)
+    energies, _ = predict(student, frames)
     numbers = torch.from_numpy(np.asarray(student.system.atomic_numbers))
     counts = torch.stack([(numbers == element).sum() for element in network.metadata.elements]).to(torch.float64)
     difference = (frames.energies - energies).mean()

@@ -31,6 +31,8 @@ MAX_TEMPERATURE_RATIO = 4.0
 REFERENCE_BLOCK = 64
 STEPS_PER_BLOCK = 8
 MAX_FAILED = 0.05
+ATOMS_PER_CALL = 4096  # of the teacher, which bounds its memory
+FRAME_FIELDS = ("positions", "energies", "forces", "trajectory")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,19 +70,30 @@ class Labelled:
         energies: [frame] kJ/mol.
         forces: [frame, atom, 3] kJ/mol/nm.
         trajectory: [frame] reference trajectory that a frame descends from; frames are held out by it.
+        box: [3, 3] nm, the box of all frames, or None for isolated molecules.
     """
 
     positions: torch.Tensor
     energies: torch.Tensor
     forces: torch.Tensor
     trajectory: torch.Tensor
+    box: torch.Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.energies)
 
     def where(self, keep: torch.Tensor) -> Labelled:
         """Return the frames where the mask is true."""
-        return Labelled(**{key: value[keep] for key, value in vars(self).items()})
+        return Labelled(**{key: getattr(self, key)[keep] for key in FRAME_FIELDS}, box=self.box)
+
+    def boxes(self, count: int) -> torch.Tensor | None:
+        """Return the box for so many frames, [count, 3, 3] nm, or None."""
+        return repeated(self.box, count)
+
+
+def repeated(box: torch.Tensor | None, count: int) -> torch.Tensor | None:
+    """Return one box [3, 3] for so many replicas, [count, 3, 3], or None."""
+    return None if box is None else box.expand(count, 3, 3)
 
 
 def label_frames(
@@ -91,6 +104,7 @@ def label_frames(
     kT: float,
     seed: int,
     store: StateFolder,
+    box: np.ndarray | None = None,
     progress: Progress | None = None,
 ) -> Labelled:
     """Return teacher-labelled frames; finished blocks in `store` are not computed again.
@@ -102,6 +116,7 @@ def label_frames(
         kT: thermal energy of the target, kJ/mol.
         seed: of chain starts and noise.
         store: open state folder; continued bitwise.
+        box: [3, 3] nm of a periodic system.
         progress: told the number of labels.
 
     Raises:
@@ -111,12 +126,13 @@ def label_frames(
     done, arrays = (saved.step, saved.arrays) if saved else (0, {})
     n_reference, n_dynamics = plan.blocks
     reference, origin = _spread(trajectories, plan.reference)
-    chains = _Chains(teacher, trajectories, plan, kT=kT, seed=seed)
+    teacher, cell = _InParts(teacher), None if box is None else torch.from_numpy(box)
+    chains = _Chains(teacher, trajectories, plan, kT=kT, seed=seed, box=cell)
     for index in range(done, n_reference + n_dynamics):
         if index < n_reference:
             part = slice(index * REFERENCE_BLOCK, (index + 1) * REFERENCE_BLOCK)
             x = torch.from_numpy(reference[part])
-            energies, forces = teacher.energy_forces(State(positions=x))
+            energies, forces = teacher.energy_forces(State(positions=x, box=repeated(cell, len(x))))
             block = {"positions": x, "energies": energies, "forces": forces, "trajectory": torch.from_numpy(origin[part])}
             following = arrays
         else:
@@ -127,7 +143,7 @@ def label_frames(
         arrays = following
         if progress is not None:
             progress.update(_labels_after(plan, index + 1))
-    return _collect(store, sum(plan.blocks))
+    return _collect(store, sum(plan.blocks), cell)
 
 
 def _labels_after(plan: LabelPlan, blocks: int) -> int:
@@ -147,12 +163,38 @@ def _spread(trajectories: list[np.ndarray], count: int) -> tuple[np.ndarray, np.
     return np.stack(frames).astype(np.float64), origin[chosen]
 
 
+class _InParts:
+    """A potential that is asked for few configurations of a large system at a time."""
+
+    def __init__(self, potential: Potential) -> None:
+        self._potential, self.system, self.name = potential, potential.system, potential.name
+        self._count = max(1, ATOMS_PER_CALL // potential.system.n_atoms)
+
+    def energy(self, x: State) -> torch.Tensor:
+        return self.energy_forces(x)[0]
+
+    def energy_forces(self, x: State) -> tuple[torch.Tensor, torch.Tensor]:
+        parts = [slice(first, first + self._count) for first in range(0, len(x.positions), self._count)]
+        states = [State(positions=x.positions[part], box=None if x.box is None else x.box[part]) for part in parts]
+        found = [self._potential.energy_forces(state) for state in states]
+        return torch.cat([part[0] for part in found]), torch.cat([part[1] for part in found])
+
+
 class _Chains:
     """Langevin chains on the teacher, from frames of all trajectories, at several temperatures."""
 
-    def __init__(self, teacher: Potential, trajectories: list[np.ndarray], plan: LabelPlan, *, kT: float, seed: int) -> None:
+    def __init__(
+        self,
+        teacher: Potential,
+        trajectories: list[np.ndarray],
+        plan: LabelPlan,
+        *,
+        kT: float,
+        seed: int,
+        box: torch.Tensor | None,
+    ) -> None:
         generator = np.random.default_rng(seed)
-        self._teacher, self._seed = teacher, seed
+        self._teacher, self._seed, self._box = teacher, seed, repeated(box, plan.chains)
         self.origin = torch.arange(plan.chains) % len(trajectories)
         frames = [trajectories[k][generator.integers(len(trajectories[k]))] for k in self.origin.tolist()]
         self._starts = torch.from_numpy(np.stack(frames).astype(np.float64))
@@ -168,10 +210,10 @@ class _Chains:
         if "velocities" in arrays:
             generator.set_state(torch.from_numpy(arrays["generator"].copy()))
             names = ("positions", "velocities", "forces", "potential_energy")
-            md = MDState(masses=self._masses, **{key: torch.from_numpy(arrays[key].copy()) for key in names})
+            md = MDState(masses=self._masses, box=self._box, **{key: torch.from_numpy(arrays[key].copy()) for key in names})
         else:
             velocities = thermal_velocities(self._starts.shape, self._masses, self._kT, generator)
-            md = start(self._starts, velocities, masses=self._masses, potential=self._teacher)
+            md = start(self._starts, velocities, masses=self._masses, potential=self._teacher, box=self._box)
             found.append(md)
         for _ in range(steps):
             md = baoab(
@@ -200,7 +242,7 @@ class _Chains:
         if not bad.any():
             return md
         velocities = thermal_velocities(self._starts.shape, self._masses, self._kT, generator)
-        fresh = start(self._starts, velocities, masses=self._masses, potential=self._teacher)
+        fresh = start(self._starts, velocities, masses=self._masses, potential=self._teacher, box=self._box)
         chain = bad[:, None, None]
         return MDState(
             positions=torch.where(chain, fresh.positions, md.positions),
@@ -208,13 +250,14 @@ class _Chains:
             forces=torch.where(chain, fresh.forces, md.forces),
             potential_energy=torch.where(bad, fresh.potential_energy, md.potential_energy),
             masses=md.masses,
+            box=md.box,
         )
 
 
-def _collect(store: StateFolder, blocks: int) -> Labelled:
+def _collect(store: StateFolder, blocks: int, box: torch.Tensor | None) -> Labelled:
     parts = [store.read_block(index) for index in range(blocks)]
     merged = {key: torch.from_numpy(np.concatenate([part[key] for part in parts])) for key in parts[0]}
-    frames = Labelled(**merged)
+    frames = Labelled(**merged, box=box)
     good = torch.isfinite(frames.energies) & torch.isfinite(frames.forces).all(dim=(1, 2))
     if (~good).double().mean() > MAX_FAILED:
         raise NumericsError(
