@@ -9,7 +9,8 @@ import pytest
 import torch
 from openmm import app, unit
 
-from longstride.dynamics.integrators import respa_baoab, start, thermal_velocities
+import four_atom_chain
+from longstride.dynamics.integrators import baoab, half_step_velocities, respa_baoab, start, thermal_velocities
 from longstride.dynamics.openmm_mts import INNER_GROUP, OUTER_GROUP, OpenMMPlan, mts_simulation
 from longstride.errors import LongstrideError, NumericsError
 from longstride.potentials.amber import AmberPotential
@@ -126,12 +127,7 @@ def energy(simulation, groups=-1) -> float:
 
 def bonded_part(prepared) -> AmberPotential:
     """Bonds, angles and torsions of a molecule: what a student would learn first."""
-    system = openmm.XmlSerializer.deserialize(openmm.XmlSerializer.serialize(prepared.openmm_system))
-    keep = (openmm.HarmonicBondForce, openmm.HarmonicAngleForce, openmm.PeriodicTorsionForce)
-    for index in reversed(range(system.getNumForces())):
-        if not isinstance(system.getForce(index), keep):
-            system.removeForce(index)
-    return AmberPotential.from_openmm(system, prepared.system, name="bonded")
+    return AmberPotential.from_openmm(only(prepared.openmm_system, BONDED), prepared.system, name="bonded")
 
 
 def test_without_friction_the_trajectory_is_that_of_respa_baoab(alanine):
@@ -396,3 +392,194 @@ def test_potential_that_takes_no_box_says_so(alanine):
     begin = State(positions=torch.from_numpy(alanine.positions)[None], box=box)
     with pytest.raises(LongstrideError, match="amber handles isolated molecules"):
         mts_simulation(begin, alanine.topology, teacher=teacher, student=teacher, plan=plan())
+
+
+# The integrators against OpenMM's own, on OpenMM's own forces.
+
+
+def only(openmm_system: openmm.System, kinds: tuple[type, ...]) -> openmm.System:
+    """Return a copy with the forces of some kinds."""
+    system = openmm.XmlSerializer.deserialize(openmm.XmlSerializer.serialize(openmm_system))
+    for index in reversed(range(system.getNumForces())):
+        if not isinstance(system.getForce(index), kinds):
+            system.removeForce(index)
+    return system
+
+
+def grouped(openmm_system: openmm.System, fast: tuple[type, ...]) -> openmm.System:
+    """Return a copy with the forces of the kinds `fast` in the inner group, all others in the outer group."""
+    system = openmm.XmlSerializer.deserialize(openmm.XmlSerializer.serialize(openmm_system))
+    for force in system.getForces():
+        force.setForceGroup(INNER_GROUP if isinstance(force, fast) else OUTER_GROUP)
+    return system
+
+
+def context_of(system: openmm.System, integrator: openmm.Integrator, x: torch.Tensor, v: torch.Tensor) -> openmm.Context:
+    integrator.setRandomNumberSeed(11)
+    context = openmm.Context(system, integrator, openmm.Platform.getPlatformByName("Reference"))
+    context.setPositions(x.reshape(-1, 3).numpy())
+    context.setVelocities(v.reshape(-1, 3).numpy())
+    return context
+
+
+def arrays(context: openmm.Context) -> tuple[torch.Tensor, torch.Tensor]:
+    state = context.getState(positions=True, velocities=True)
+    return tuple(torch.from_numpy(np.array(a._value)) for a in (state.getPositions(True), state.getVelocities(True)))
+
+
+BONDED = (openmm.HarmonicBondForce, openmm.HarmonicAngleForce, openmm.PeriodicTorsionForce)
+
+
+def test_newtonian_trajectories_of_a_force_field_are_those_of_openmm(alanine):
+    slow = AmberPotential.from_openmm(alanine.openmm_system, alanine.system, name="amber")
+    fast, masses = bonded_part(alanine), torch.from_numpy(alanine.system.masses)
+    generator = torch.Generator().manual_seed(1)
+    x = torch.from_numpy(alanine.positions)[None]
+    v = thermal_velocities(x.shape, masses, KT, generator)
+    md = start(x, v, masses=masses, potential=slow, fast=fast)
+    for _ in range(25):
+        md = respa_baoab(md, fast=fast, slow=slow, n_inner=4, dt=2e-3, kT=KT, friction=0.0, generator=generator)
+    integrator = openmm.MTSLangevinIntegrator(TEMPERATURE * unit.kelvin, 0.0, 2e-3, [(OUTER_GROUP, 1), (INNER_GROUP, 4)])
+    context = context_of(grouped(alanine.openmm_system, BONDED), integrator, x, v)
+    integrator.step(25)
+    theirs = arrays(context)
+    # the two force fields agree to 1e-6 relative, not to round-off
+    assert float((theirs[0] - md.positions[0]).abs().max()) < 1e-6
+    assert float((theirs[1] - md.velocities[0]).abs().max()) < 1e-4
+
+    single = start(x, v, masses=masses, potential=slow)
+    # LangevinMiddle kicks fully at the start of a step: its velocities are half a kick behind
+    integrator = openmm.LangevinMiddleIntegrator(TEMPERATURE, 0.0, 0.5e-3)
+    context = context_of(alanine.openmm_system, integrator, x, v - 0.25e-3 * single.forces / masses[:, None])
+    for _ in range(100):
+        single = baoab(single, potential=slow, dt=0.5e-3, kT=KT, friction=0.0, generator=generator)
+    integrator.step(100)
+    theirs = arrays(context)
+    assert float((theirs[0] - single.positions[0]).abs().max()) < 1e-6
+    assert float((theirs[1] - half_step_velocities(single, dt=0.5e-3)[0]).abs().max()) < 1e-4
+    # negative controls: without the half kick, and between the two integrators
+    assert float((theirs[1] - single.velocities[0]).abs().max()) > 1e-2
+    assert float((md.positions - single.positions).abs().max()) > 1e-5
+
+
+def copies_of(openmm_system: openmm.System, count: int) -> openmm.System:
+    """Return `count` molecules of four atoms that do not interact."""
+    result = openmm.System()
+    for _ in range(count):
+        for atom in range(4):
+            result.addParticle(openmm_system.getParticleMass(atom))
+    for force in openmm_system.getForces():
+        copied = type(force)()
+        for offset in range(0, 4 * count, 4):
+            if isinstance(force, openmm.HarmonicBondForce):
+                for i in range(force.getNumBonds()):
+                    a, b, *rest = force.getBondParameters(i)
+                    copied.addBond(a + offset, b + offset, *rest)
+            elif isinstance(force, openmm.HarmonicAngleForce):
+                for i in range(force.getNumAngles()):
+                    *atoms, value, k = force.getAngleParameters(i)
+                    copied.addAngle(*(atom + offset for atom in atoms), value, k)
+            else:
+                for i in range(force.getNumTorsions()):
+                    *atoms, n, value, k = force.getTorsionParameters(i)
+                    copied.addTorsion(*(atom + offset for atom in atoms), n, value, k)
+        result.addForce(copied)
+    return result
+
+
+CHAIN_T = four_atom_chain.KT / BOLTZMANN_KJ_PER_MOL_K
+COPIES, ROUNDS, EVERY = 200, 150, 4
+DT, N_INNER, CHAIN_FRICTION = 6e-3, 3, 15.0
+
+
+class ChainStatistics:
+    """Averages per copy: energies of bonds, angles, torsion, bond length, kinetic energy, and <v(0) v(lag)> m / kT."""
+
+    def __init__(self) -> None:
+        self.terms = [
+            AmberPotential.from_openmm(only(CHAIN.openmm_system, (kind,)), CHAIN.system, name=kind.__name__) for kind in BONDED
+        ]
+        self.rows: list[torch.Tensor] = []
+        self.before: torch.Tensor | None = None
+
+    def add(self, x: torch.Tensor, v: torch.Tensor) -> None:
+        x, v = x.reshape(-1, 4, 3), v.reshape(-1, 4, 3)
+        if self.before is not None:
+            values = [term.energy(State(positions=x)) for term in self.terms]
+            values.append((x[:, 1:] - x[:, :-1]).norm(dim=2).mean(dim=1))
+            values.append(0.5 * v.square().sum(dim=(1, 2)))  # of atoms of 1 Da
+            values.append((v * self.before).mean(dim=(1, 2)) / four_atom_chain.KT)
+            self.rows.append(torch.stack(values, dim=1))
+        self.before = v
+
+    def mean_and_square_error(self) -> tuple[torch.Tensor, torch.Tensor]:
+        mean = torch.stack(self.rows).mean(dim=0)
+        return mean.mean(dim=0), mean.var(dim=0) / len(mean)
+
+
+CHAIN = four_atom_chain.prepared()
+
+
+def chain_start() -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(4)
+    x = torch.from_numpy(CHAIN.positions).repeat(COPIES, 1, 1)
+    masses = torch.ones(4, dtype=torch.float64)
+    return x, thermal_velocities(x.shape, masses, four_atom_chain.KT, generator)
+
+
+def chain_by_openmm(integrator: openmm.Integrator, every: int) -> ChainStatistics:
+    system = grouped(copies_of(CHAIN.openmm_system, COPIES), BONDED[:2])
+    context = context_of(system, integrator, *chain_start())
+    integrator.step(25 * every)
+    statistics = ChainStatistics()
+    for _ in range(ROUNDS):
+        integrator.step(every)
+        statistics.add(*arrays(context))
+    return statistics
+
+
+def multiple_time_steps(friction: float = CHAIN_FRICTION, temperature_K: float = CHAIN_T) -> ChainStatistics:
+    groups = [(OUTER_GROUP, 1), (INNER_GROUP, N_INNER)]
+    return chain_by_openmm(openmm.MTSLangevinIntegrator(temperature_K * unit.kelvin, friction, DT, groups), EVERY)
+
+
+def middle(friction: float = CHAIN_FRICTION, temperature_K: float = CHAIN_T) -> ChainStatistics:
+    return chain_by_openmm(openmm.LangevinMiddleIntegrator(temperature_K, friction, DT / N_INNER), EVERY * N_INNER)
+
+
+def chain_by_us(*, n_inner: int) -> ChainStatistics:
+    """Multi-time-step dynamics with bonds and angles inside, or `baoab` at the inner step where `n_inner` is 0."""
+    slow = AmberPotential.from_openmm(CHAIN.openmm_system, CHAIN.system, name="chain")
+    fast = AmberPotential.from_openmm(only(CHAIN.openmm_system, BONDED[:2]), CHAIN.system, name="stiff")
+    generator = torch.Generator().manual_seed(12)
+    bath = {"kT": four_atom_chain.KT, "friction": CHAIN_FRICTION, "generator": generator}
+    x, v = chain_start()
+    md = start(x, v, masses=torch.ones(4, dtype=torch.float64), potential=slow, fast=fast if n_inner else None)
+    statistics = ChainStatistics()
+    for step in range(1, (25 + ROUNDS) * EVERY * (1 if n_inner else N_INNER) + 1):
+        if n_inner:
+            md = respa_baoab(md, fast=fast, slow=slow, n_inner=n_inner, dt=DT, **bath)
+        else:
+            md = baoab(md, potential=slow, dt=DT / N_INNER, **bath)
+        every = EVERY * (1 if n_inner else N_INNER)
+        if step > 25 * every and step % every == 0:
+            # the velocities of LangevinMiddle are those of the half step
+            statistics.add(md.positions, md.velocities if n_inner else half_step_velocities(md, dt=DT / N_INNER))
+    return statistics
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("theirs", "n_inner"), [(multiple_time_steps, N_INNER), (middle, 0)])
+def test_averages_and_correlations_are_those_of_openmm(theirs, n_inner):
+    mean, square = chain_by_us(n_inner=n_inner).mean_and_square_error()
+
+    def deviations(statistics: ChainStatistics) -> torch.Tensor:
+        other, other_square = statistics.mean_and_square_error()
+        return (mean - other).abs() / (square + other_square).sqrt()
+
+    assert (deviations(theirs()) < 5).all()
+    assert abs(float(mean[3]) - four_atom_chain.truth()["bond"]) < 5 * float(square[3].sqrt())
+    # negative controls: a tenth more heat is seen in every energy, less friction in the correlation of velocities
+    hot = deviations(theirs(temperature_K=1.1 * CHAIN_T))
+    assert (hot[[0, 1, 4]] > 5).all()
+    assert deviations(theirs(friction=0.7 * CHAIN_FRICTION))[5] > 5
