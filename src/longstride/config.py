@@ -56,7 +56,7 @@ class SolvateConfig(Section):
         None, ge=1, le=200_000, description="water molecules; ions that neutralise a charged molecule take the place of some"
     )
     padding_nm: float | None = Field(
-        None, gt=0, le=5, description="or: box edge less the diameter of the molecule, at least; the number follows from it"
+        None, gt=0, le=5, description="or: box edge less the diameter of the molecule; the number of molecules follows"
     )
     density_g_per_cm3: float = Field(
         0.997, gt=0.5, lt=1.5, description="of the water, to which the box is scaled before it is relaxed"

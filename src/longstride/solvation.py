@@ -25,6 +25,7 @@ EXPLICIT = ("amber14-all.xml", "amber14/tip3p.xml")
 MIN_DISTANCE_NM = 0.05  # closer than any two bonded atoms (H2: 0.074 nm)
 # average density of folded proteins, 1.35 g/cm3: doi:10.1110/ps.04688204
 SOLUTE_VOLUME_CM3_PER_G = 1 / 1.35
+WATER_DA = 18.015
 _NM3_PER_CM3_MOL = 1e21 / 6.02214076e23
 
 
@@ -34,7 +35,8 @@ class Solvent:
 
     Attributes:
         molecules: water molecules, the ions that replace some of them included.
-        padding_nm: box edge less the diameter of the molecule, at least.
+        padding_nm: box edge less the diameter of the molecule (twice the largest distance from its middle), and at least
+            half the edge.
         density: of the water, g/cm3.
     """
 
@@ -75,10 +77,10 @@ def add_water(modeller: app.Modeller, field: app.ForceField, solvent: Solvent, *
     """
     result = app.Modeller(modeller.topology, modeller.positions)
     solute = modeller.topology.getNumAtoms()
-    size = {"numAdded": solvent.molecules} if solvent.padding_nm is None else {"padding": solvent.padding_nm * unit.nanometer}
+    count = solvent.molecules or _molecules(modeller, solvent)
     try:
         with seeded_random():
-            result.addSolvent(field, model="tip3p", neutralize=solute > 0, **size)
+            result.addSolvent(field, model="tip3p", neutralize=solute > 0, numAdded=count)
         field.createSystem(result.topology)  # the ions and the water have templates
     except (ValueError, KeyError, openmm.OpenMMException) as error:
         raise LongstrideError(
@@ -88,14 +90,31 @@ def add_water(modeller: app.Modeller, field: app.ForceField, solvent: Solvent, *
     return _at_density(result, n_solute=solute, density=solvent.density)
 
 
+def _molecules(modeller: app.Modeller, solvent: Solvent) -> int:
+    """Return how many water molecules fill a box with the padding that is asked for, at the density; see `add_water`."""
+    x = np.array(modeller.positions.value_in_unit(unit.nanometer), dtype=np.float64)
+    padding, radius = solvent.padding_nm or 0.0, np.linalg.norm(x - _middle(x), axis=1).max()
+    edge = max(2 * radius + padding, 2 * padding)
+    solute = _masses(modeller.topology).sum()
+    return max(1, round(solvent.density * (edge**3 / _NM3_PER_CM3_MOL - solute * SOLUTE_VOLUME_CM3_PER_G) / WATER_DA))
+
+
+def _middle(x: np.ndarray) -> np.ndarray:
+    return 0.5 * (x.min(axis=0) + x.max(axis=0))
+
+
+def _masses(topology: app.Topology) -> np.ndarray:
+    return np.array([atom.element.mass.value_in_unit(unit.dalton) for atom in topology.atoms()])
+
+
 def _at_density(modeller: app.Modeller, *, n_solute: int, density: float) -> app.Modeller:
     """Return the system with its cubic box and the centres of its solvent molecules scaled; see `add_water`."""
     atoms = list(modeller.topology.atoms())
-    masses = np.array([atom.element.mass.value_in_unit(unit.dalton) for atom in atoms])
+    masses = _masses(modeller.topology)
     volume = (masses[n_solute:].sum() / density + masses[:n_solute].sum() * SOLUTE_VOLUME_CM3_PER_G) * _NM3_PER_CM3_MOL
     edge = volume ** (1 / 3)
     x = np.array(modeller.positions.value_in_unit(unit.nanometer), dtype=np.float64)
-    middle = 0.5 * (x[:n_solute].min(axis=0) + x[:n_solute].max(axis=0)) if n_solute else x.mean(axis=0)
+    middle = _middle(x[:n_solute]) if n_solute else x.mean(axis=0)
     scale = edge / modeller.topology.getUnitCellDimensions().value_in_unit(unit.nanometer)[0]
     residues = np.array([atom.residue.index for atom in atoms])[n_solute:]
     _, group = np.unique(residues, return_inverse=True)
