@@ -51,7 +51,7 @@ def respa_matrix(
     """
     if not (wavenumber_per_cm > 0 and dt_outer_fs > 0 and n_inner >= 1 and n_inner == int(n_inner) and friction_per_ps >= 0):
         raise LongstrideError(
-            f"the linear model needs a positive wavenumber, outer step and whole number of inner steps and no negative friction,"
+            f"the linear model needs a positive wavenumber and outer step, whole inner steps and no negative friction,"
             f" not {wavenumber_per_cm:g} 1/cm, {dt_outer_fs:g} fs, {n_inner!r} and {friction_per_ps:g} 1/ps"
         )
     dt = dt_outer_fs * FS_PS
