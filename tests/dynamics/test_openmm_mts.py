@@ -355,8 +355,9 @@ def test_no_force_is_dropped():
 
 def test_bad_input_is_refused_by_name():
     system, topology = hydroxyls(4)
-    with pytest.raises(LongstrideError, match=r"whole number, not 2\.5"):
-        plan(n_inner=2.5)
+    for n_inner in (2.5, 0, math.nan):
+        with pytest.raises(LongstrideError, match=f"whole number, not {n_inner}"):
+            plan(n_inner=n_inner)
     for name in ("dt_outer_fs", "temperature_K", "friction_per_ps"):
         with pytest.raises(LongstrideError, match=name):
             plan(**{name: -1.0})

@@ -525,3 +525,26 @@ def test_renamed_atoms_have_the_renamed_trajectory(alanine, pair):
     assert float((plain.positions[:, order] - other.positions).abs().max()) < 1e-10
     # negative control: the order matters to what is not told of it
     assert float((plain.positions - other.positions).abs().max()) > 1e-2
+
+
+@pytest.mark.parametrize("fault", ["none", *FAULTS])
+def test_identities_with_a_network(alanine, pair, fault):
+    # one inner step is the teacher's single step whatever the network says; teacher = student is the single step at h
+    slow, student = pair
+
+    def trajectory(fast, teacher, *, dt: float, n: int, steps: int) -> torch.Tensor:
+        md, generator = alanine_start(alanine, fast, teacher), torch.Generator().manual_seed(9)
+        for _ in range(steps):
+            if n:
+                md = respa(md, generator, fast=fast, slow=teacher, dt=dt, n=n, friction=5.0, fault=fault)
+            else:
+                md = baoab(md, potential=teacher, dt=dt, kT=KT, friction=5.0, generator=generator)
+        return md.positions
+
+    teacher = trajectory(slow, slow, dt=1e-3, n=0, steps=12)
+    any_student = float((trajectory(student, slow, dt=1e-3, n=1, steps=12) - teacher).abs().max())
+    same_student = float((trajectory(slow, slow, dt=3e-3, n=3, steps=4) - teacher).abs().max())
+    if fault == "none":
+        assert max(any_student, same_student) < 1e-11
+    else:
+        assert max(any_student, same_student) > 1e-5

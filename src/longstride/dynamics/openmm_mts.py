@@ -59,7 +59,7 @@ class OpenMMPlan:
         Raises:
             LongstrideError: `n_inner` is not a positive whole number, or a step, temperature or friction is out of range.
         """
-        if self.n_inner != int(self.n_inner) or self.n_inner < 1:
+        if not float(self.n_inner).is_integer() or self.n_inner < 1:
             raise LongstrideError(f"the number of inner steps must be a positive whole number, not {self.n_inner!r}")
         for name in ("dt_outer_fs", "temperature_K"):
             if not 0 < getattr(self, name) < np.inf:
