@@ -81,7 +81,9 @@ def mts_simulation(
 ) -> app.Simulation:
     """Return an OpenMM simulation of the teacher's potential that calls the student in the inner steps.
 
-    Its potential energy is the teacher's (plus that of `extra_forces`). A potential that fails or gives a number that is not
+    Equation: that of `longstride.dynamics.integrators.respa_baoab`, h = dt_outer / n_inner:
+    v += dt/(2m) (F_L - F_S);  n_inner times [B_S(h/2) A(h/2) O(h) A(h/2) B_S(h/2)];  v += dt/(2m) (F_L - F_S).
+    The potential energy is the teacher's (plus that of `extra_forces`). A potential that fails or gives a number that is not
     finite ends `step` with one line, and the context is put back to where that call began: OpenMM's `Simulation.step` makes
     calls of ten outer steps or fewer. The centre of mass is a degree of freedom: 3 N in all.
 
@@ -95,7 +97,7 @@ def mts_simulation(
         masses: [atom] Da, those of the molecule where None.
         extra_forces: barostat, restraints: force group 0 (OpenMM's default) acts every inner step, 1 every outer step. A
             Monte Carlo barostat needs a box, energies only, and the temperature of `plan`.
-        platform: "Reference" computes in double precision and is the fastest for a small molecule; "CUDA" on a GPU.
+        platform: any that OpenMM offers; "Reference" is in double precision and has the least overhead for a small molecule.
 
     Raises:
         LongstrideError: atoms, masses, box or force groups do not fit together, a potential refuses the system or ignores
