@@ -191,7 +191,8 @@ def prepare(
     openmm_system = _create_system(field, complete, cutoff_nm, source)
     system = describe(complete, openmm_system, name=name)
     start = canonical_labels(system, _as_array(modeller.positions))
-    start = canonical_labels(system, minimise(openmm_system, start))
+    # a box is one of many minima and is equilibrated before use: only what is too close must go
+    start = canonical_labels(system, minimise(openmm_system, start, tolerance=2.0 if box is None else 10.0))
     check_overlap(complete, start, box=box, source=source)
     return Prepared(
         system=system,
