@@ -184,7 +184,9 @@ def _context(system: openmm.System, plan: MDPlan, seed: int) -> openmm.Context:
     integrator = openmm.LangevinMiddleIntegrator(plan.temperature_K, plan.friction_per_ps, plan.timestep_fs * FS_PS)
     integrator.setRandomNumberSeed(1 + seed % (2**31 - 2))  # 0 would ask for a random seed
     platform = openmm.Platform.getPlatformByName("CPU")
-    return openmm.Context(system, integrator, platform, {"Threads": "1"})
+    # particle-mesh Ewald sums in an order that depends on chance, unless told not to
+    options = {"DeterministicForces": "true"} if system.usesPeriodicBoundaryConditions() else {}
+    return openmm.Context(system, integrator, platform, {"Threads": "1", **options})
 
 
 def _equilibrate(
