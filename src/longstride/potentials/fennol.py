@@ -191,6 +191,10 @@ class _Group:
             state = FrozenDict({**state, "nblist_mult_size": MARGIN}) if "nblist_mult_size" in state else state
             # a first size has a margin as well: else the second step would not fit
             state, inputs = layer(state, inputs, add_margin=layer not in self._generators and not _indexes_atoms(layer))
+            if "max_neigh" in state:
+                # FeNNol lays a list of edges out as [atom, neighbour] and wants at least as many places as edges
+                filled = len(inputs[layer.graph_key]["edge_src"]) / positions[..., 0].size
+                state = FrozenDict({**state, "max_neigh": max(state["max_neigh"], math.ceil(filled))})
             states.append(state)
         return _Sizes(replicas=len(positions), periodic=boxes is not None, edges=edges, layers=tuple(states))
 

@@ -37,6 +37,8 @@ OPTIONS: dict[str, frozenset[str] | None] = {
 ISOLATED = ("gfn2-xtb", "gfn1-xtb")
 WITH_WEIGHTS = ("fennol", "torchani", "mace", "aimnet2")
 WITH_MODEL = ("torchani", "mace", "aimnet2")
+DEFAULT_MODELS = {"torchani": "ani2x", "aimnet2": "aimnet2"}
+DTYPES = ("float32", "float64")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +79,8 @@ class TeacherSpec:
                 f"teacher {kind} has no option {unknown[0]!r} (distill.teacher_options); it has"
                 f" {', '.join(sorted(known)) or 'none'}"
             )
+        if known is not None and self.options.get("dtype", "float32") not in DTYPES:
+            raise LongstrideError(f"distill.teacher_options: dtype is {' or '.join(DTYPES)}, not {self.options['dtype']!r}")
 
     @classmethod
     def of(cls, section: DistillConfig) -> TeacherSpec:
@@ -112,8 +116,9 @@ class TeacherSpec:
             parts.append(str(self.calculator).replace(":", "."))
             if self.options:
                 parts.append(sha256(json.dumps(self.options, sort_keys=True).encode()).hexdigest()[:8])
-        if self.model is not None:
-            parts.append(self.model)
+        model = self.model or (None if self.weights and self.kind != "torchani" else DEFAULT_MODELS.get(self.kind))
+        if model not in (None, self.kind):
+            parts.append(str(model))
         if "member" in self.options:
             parts.append(f"m{self.options['member']}")
         if self.weights:
@@ -127,19 +132,23 @@ class TeacherSpec:
 
 
 @contextlib.contextmanager
-def open_teacher(spec: TeacherSpec, molecule: Prepared | System, *, charge: int = 0, threads: int = 1) -> Iterator[Potential]:
+def open_teacher(
+    spec: TeacherSpec, molecule: Prepared | System, *, charge: int | None = None, threads: int = 1
+) -> Iterator[Potential]:
     """Yield the teacher, bound to a molecule; its processes and compiled functions end with the block.
 
     Args:
         spec: which teacher.
         molecule: a prepared molecule; a bare System suffices except for kind "openmm".
-        charge: total charge in elementary charges.
+        charge: total charge in elementary charges; None: that of the prepared molecule, or zero.
         threads: threads or worker processes that the teacher may use.
 
     Raises:
         DataError: a weight file is missing or damaged.
         LongstrideError: a package is missing, or the teacher cannot treat an element, the charge or a periodic box.
     """
+    if charge is None:
+        charge = molecule.charge if isinstance(molecule, Prepared) else 0
     with contextlib.ExitStack() as stack:
         potential = _make(spec, molecule, charge=charge, threads=threads)
         stack.callback(getattr(potential, "close", lambda: None))
@@ -149,7 +158,7 @@ def open_teacher(spec: TeacherSpec, molecule: Prepared | System, *, charge: int 
 def _make(spec: TeacherSpec, molecule: Prepared | System, *, charge: int, threads: int) -> Potential:
     prepared = molecule if isinstance(molecule, Prepared) else None
     system = molecule.system if isinstance(molecule, Prepared) else molecule
-    box = getattr(prepared, "box", None)
+    box = None if prepared is None else prepared.box
     if spec.kind in ISOLATED and box is not None:
         raise LongstrideError(
             f"teacher {spec.kind} treats isolated molecules, and {system.name!r} is in a periodic box; choose another teacher"
