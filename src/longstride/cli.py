@@ -195,6 +195,33 @@ def _add_bench(commands: Any) -> None:  # noqa: ANN401 - argparse keeps its subp
     _add_bench_mcmc(kinds)
     _add_bench_flow(kinds)
     _add_bench_parity(kinds)
+    _add_bench_mts(kinds)
+
+
+def _add_bench_mts(kinds: Any) -> None:  # noqa: ANN401 - argparse keeps its subparser type private
+    text = "multi-time-step dynamics over single steps with the same teacher: gains, cost of student and teacher calls"
+    mts = kinds.add_parser("mts", help=text, description=text)
+    mts.set_defaults(command=_bench_mts)
+    mts.add_argument("--config", type=Path, metavar="FILE", help="YAML configuration: systems, physics, teacher (distill)")
+    mts.add_argument("--system", metavar="NAME", help="which of its systems (default: the only one)")
+    mts.add_argument("--prepared", type=Path, metavar="DIR", help="folder of the prepare stage (default: prepared anew)")
+    mts.add_argument(
+        "--distill",
+        type=Path,
+        metavar="DIR",
+        help="folder of the distill stage (default: the student that comes with the package)",
+    )
+    mts.add_argument(
+        "--schemes",
+        nargs="+",
+        default=["4x1", "3x2@3.024"],
+        metavar="SCHEME",
+        help="inner steps x femtoseconds @ hydrogen mass (default: 4x1 3x2@3.024)",
+    )
+    mts.add_argument("--replicas", type=int, help="per process (default: as sample has them)")
+    mts.add_argument("--threads", type=int, default=max(1, len(os.sched_getaffinity(0))), help="cores (default: %(default)s)")
+    mts.add_argument("--quick", action="store_true", help="few and short windows")
+    mts.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
 
 def _add_bench_mcmc(kinds: Any) -> None:  # noqa: ANN401 - argparse keeps its subparser type private
@@ -534,6 +561,26 @@ def _bench_mcmc(options: argparse.Namespace) -> None:
     )
     result = bench_mcmc.mcmc(settings)
     print(json.dumps(result, indent=1) if options.json else bench_mcmc.table(result))
+
+
+def _bench_mts(options: argparse.Namespace) -> None:
+    import json
+
+    from longstride.stages import bench_mts
+
+    config = _load(options)
+    molecule = bench_mts.molecule_of(config, _system_name(options, config), options.prepared)
+    settings = bench_mts.Settings.of(
+        config,
+        molecule,
+        distill=options.distill,
+        schemes=tuple(bench_mts.Scheme.parse(text) for text in options.schemes),
+        threads=options.threads,
+        replicas=options.replicas,
+        quick=options.quick,
+    )
+    result = bench_mts.mts(molecule, settings)
+    print(json.dumps(result, indent=1) if options.json else bench_mts.table(result))
 
 
 def _bench_flow(options: argparse.Namespace) -> None:

@@ -321,8 +321,12 @@ class DistillConfig(Section):
     teacher_options: dict[str, str | int | float | bool | None] = Field(
         {}, description="further settings of the teacher, such as {dtype: float64}; for ase what the factory takes"
     )
+    shipped: bool = Field(
+        default=False, description="use the student of this teacher that comes with the package; nothing is labelled or trained"
+    )
     frames: int = Field(2800, ge=20, description="teacher-labelled frames, the held-out ones included")
     cutoff_nm: float = Field(0.35, gt=0.1, le=1.0, description="range of the student")
+    radial: int = Field(6, ge=2, le=32, description="radial functions per element of neighbours")
     channels: int = Field(16, ge=2, description="rotation invariants per angular degree (0 to 3)")
     hidden: int = Field(64, ge=8, description="width of the student's perceptrons")
     max_steps: int = Field(4000, ge=1, description="optimiser steps")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -11,12 +12,13 @@ import pandas as pd
 import torch
 from openmm import unit
 
-from longstride.data.atomic import write_text
+from longstride.data.atomic import atomic_path, write_text
 from longstride.data.checkpoint import fingerprint, open_state
 from longstride.data.frames import read_trajectories
 from longstride.data.manifest import read_manifest, write_manifest
 from longstride.errors import LongstrideError
 from longstride.fingerprints import code_version
+from longstride.potentials.shipped_students import shipped_student
 from longstride.potentials.student import StudentMetadata, StudentNetwork, save_student
 from longstride.potentials.teachers import TeacherSpec, open_teacher
 from longstride.progress import Progress
@@ -50,6 +52,9 @@ def run(section: DistillConfig, *, prepared: Path, reference: Path, out: Path, s
     charge = total_charge(molecule)
     spec = TeacherSpec.of(section)
     target = spec.label_for(molecule)
+    if section.shipped:
+        _copy_shipped(molecule, target, out)
+        return
     common = (molecule.system_hash, target, spec.options, charge, source["files"], seed, code_version("distill"))
     plan = LabelPlan.of(section.frames)
     label_key = fingerprint("labels", *common, asdict(plan), source["temperature_K"])
@@ -101,6 +106,20 @@ def run(section: DistillConfig, *, prepared: Path, reference: Path, out: Path, s
     )
 
 
+def _copy_shipped(molecule: Prepared, target: str, out: Path) -> None:
+    """Write what the stage writes, with the student of the package and its figures, which are of the system it learned from."""
+    source = shipped_student(molecule.system, teacher=target).parent
+    manifest = read_manifest(source, kind="distill")
+    out.mkdir(parents=True, exist_ok=True)
+    for name in ("student.safetensors", "metrics.csv"):
+        with atomic_path(out / name) as temporary:
+            shutil.copyfile(source / name, temporary)
+    content = {key: value for key, value in manifest.items() if key not in ("kind", "files", "system", "system_hash")}
+    content |= {"system": molecule.system.name, "system_hash": molecule.system_hash, "shipped": source.name}
+    write_manifest(out, kind="distill", files=["student.safetensors", "metrics.csv"], content=content)
+    print(f"distill: the student {source.name} of the package, force error {100 * manifest['force_relative']:.1f} %")
+
+
 def total_charge(molecule: Prepared) -> int:
     """Return the total charge of the force field's atoms in elementary charges, a whole number.
 
@@ -136,6 +155,7 @@ def _metadata(section: DistillConfig, molecule: Prepared, target: str) -> Studen
         elements=tuple(sorted({int(number) for number in molecule.system.atomic_numbers})),
         teacher=target,
         cutoff_nm=section.cutoff_nm,
+        radial=section.radial,
         channels=section.channels,
         hidden=section.hidden,
     )

@@ -31,6 +31,7 @@ MAX_TEMPERATURE_RATIO = 4.0
 REFERENCE_BLOCK = 64
 STEPS_PER_BLOCK = 8
 MAX_FAILED = 0.05
+SHORTEST_CHAIN = 24  # steps, where there are enough labels for four chains
 ATOMS_PER_CALL = 4096  # of the teacher, which bounds its memory
 FRAME_FIELDS = ("positions", "energies", "forces", "trajectory")
 
@@ -45,9 +46,10 @@ class LabelPlan:
 
     @classmethod
     def of(cls, frames: int, *, chains: int = 24, reference_fraction: float = 0.2) -> LabelPlan:
-        """Divide a total number of labels; every label costs one teacher call."""
+        """Divide a total number of labels; every label costs one teacher call. Few labels make few chains, not short ones."""
         reference = max(1, round(reference_fraction * frames))
-        chains = max(1, min(chains, (frames - reference) // 4))
+        dynamics = frames - reference
+        chains = max(1, min(chains, dynamics // 4, max(4, dynamics // SHORTEST_CHAIN)))
         return cls(reference=reference, chains=chains, steps=max(1, round((frames - reference) / chains) - 1))
 
     @property
