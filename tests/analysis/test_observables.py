@@ -71,6 +71,20 @@ def test_correlated_blocks_have_larger_errors():
     assert independent.inflation == 1.0
 
 
+def test_replicas_in_different_basins_are_as_many_units_as_replicas():
+    generator = np.random.default_rng(3)
+    chains = np.repeat(np.arange(4), 6)
+    ratios = []
+    for _ in range(200):
+        offsets = generator.normal(size=(4, 12))
+        blocks_of_chains = offsets[chains] + 0.3 * generator.normal(size=(24, 12))
+        stuck = Observable(name="x", unit="", statistics=blocks_of_chains, chains=chains, grid=np.arange(12.0))
+        ratios.append((stuck.errors**2).mean())
+    truth = (1 + 0.3**2 / 6) / 4  # variance of a mean of four replica means
+    assert np.mean(ratios) > 0.9 * truth
+    assert truth / 24 * 4 < 0.3 * np.mean(ratios)  # as if all 24 blocks were independent
+
+
 def test_blocks_and_pool():
     parts = blocks_of(103, 3, minimum=20)
     assert len(parts) == 21

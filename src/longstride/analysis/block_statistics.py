@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 MIN_UNITS = 20
+SHUFFLES = 199
 Reduction = Callable[[np.ndarray], np.ndarray]
 
 
@@ -122,19 +123,25 @@ class Observable:
 
     @cached_property
     def inflation(self) -> float:
-        """Factor on the variance for correlated neighbouring blocks, (1 + r) / (1 - r); 1 where r is within its noise.
+        """Factor on the variance for blocks of one replica that are not independent; 1 where they look independent.
 
-        r is the correlation of neighbouring blocks of one replica, the mean over components.
+        Equation: the larger of (1 + r) / (1 - r), r the correlation of neighbouring blocks, and of the variance of replica
+        means over the one that independent blocks would give, both averaged over components. Either counts only where
+        it exceeds 95 % of its values with the blocks dealt out at random.
         """
         centred = self.pseudo_values - self.pseudo_values.mean(axis=0)
+        scale = np.sqrt((centred**2).mean(axis=0))
+        moving = scale > 1e-9 * np.abs(self.values).max()
         same = self.chains[1:] == self.chains[:-1]
-        variance = (centred**2).sum(axis=0) / self.n_units
-        moving = variance > 0
         if same.sum() < 2 or not moving.any():
             return 1.0
-        products = (centred[1:] * centred[:-1])[same].mean(axis=0)
-        r = float((products[moving] / variance[moving]).mean())
-        return (1 + min(r, 0.95)) / (1 - min(r, 0.95)) if r > 2 / math.sqrt(int(same.sum())) else 1.0
+        unit = centred[:, moving] / scale[moving]
+        generator = np.random.default_rng(0)
+        shuffled = [_dependence(generator.permutation(unit), self.chains, same) for _ in range(SHUFFLES)]
+        found, limits = _dependence(unit, self.chains, same), np.quantile(shuffled, 0.95, axis=0)
+        r = min(found[0], 0.95)
+        neighbours = (1 + r) / (1 - r) if found[0] > limits[0] else 1.0
+        return max(neighbours, found[1] if found[1] > limits[1] else 1.0, 1.0)
 
     @cached_property
     def errors(self) -> np.ndarray:
@@ -145,6 +152,18 @@ class Observable:
     def tolerance(self) -> float:
         """Smallest difference that matters, unit of the values."""
         return self.matters + self.matters_relative * float(np.sqrt((self.values**2).mean()))
+
+
+def _dependence(unit: np.ndarray, chains: np.ndarray, same: np.ndarray) -> tuple[float, float]:
+    """Return (correlation of neighbours, variance of replica means relative to independent units) of [unit, component]."""
+    neighbours = float((unit[1:] * unit[:-1])[same].mean())
+    names, index, sizes = np.unique(chains, return_inverse=True, return_counts=True)
+    if len(names) < 2:
+        return neighbours, 1.0
+    sums = np.zeros((len(names), unit.shape[1]))
+    np.add.at(sums, index, unit)
+    means = sums / sizes[:, None]
+    return neighbours, float((means.var(axis=0, ddof=1).mean() * sizes.mean()) * (1 - 1 / len(unit)))
 
 
 def pool(observables: Sequence[Observable]) -> Observable:
