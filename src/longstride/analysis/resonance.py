@@ -236,10 +236,10 @@ def draw_resonance(
             for kind, period in periods_fs.items():
                 axes.axvline(period / 2, color=colours[kind], ls="--", lw=1.0, alpha=0.8)
                 axes.axvline(period / 3, color=colours[kind], ls=":", lw=1.2, alpha=0.8)
-        for kind, period in periods_fs.items():
-            for part, height in ((2, 1.01), (3, 1.06)):
+        for row, (kind, period) in enumerate(periods_fs.items()):  # one row of text per bond type, none can overlap
+            for part in (2, 3):
                 panels[0].text(
-                    period / part, height, f"T/{part} {kind}", color=colours[kind], ha="center", fontsize=8,
+                    period / part, 1.02 + 0.06 * row, f"T/{part} {kind}", color=colours[kind], ha="center", fontsize=8,
                     transform=panels[0].get_xaxis_transform(),
                 )  # fmt: skip
         panels[-1].set_xlabel("outer step in fs")
@@ -255,16 +255,15 @@ def _draw_linear(axes, scans: Sequence[LinearScan], colours: Mapping[str, str]) 
         growth = 100 * np.maximum(scan.growth - 1, 0.0)
         axes.plot(scan.dt_outer_fs, growth, styles[i % 4], color=colours.get(scan.label, "#777777"), lw=1.6, label=text)
     axes.set_ylabel("growth per outer step in %")
-    axes.legend(fontsize=8, loc="upper left")
+    axes.legend(fontsize=8, loc="upper left", frameon=True, framealpha=1.0, edgecolor="none")
 
 
 def _draw_measured(axes, measured: Sequence[MeasuredScan]) -> None:  # noqa: ANN001 - matplotlib Axes
     markers = ("o", "s", "^", "D", "v", "P", "X")
     for i, scan in enumerate(measured):
         colour = PALETTE[-1 - i % len(PALETTE)]
-        errors = None if scan.errors is None else scan.errors
         axes.errorbar(
-            scan.dt_outer_fs, scan.values, yerr=errors, fmt=markers[i % 7], ms=5, color=colour, label=scan.label, capsize=2
+            scan.dt_outer_fs, scan.values, yerr=scan.errors, fmt=markers[i % 7], ms=5, color=colour, label=scan.label, capsize=2
         )
         lost = scan.dt_outer_fs[~np.isfinite(scan.values)]
         if len(lost):
@@ -274,4 +273,4 @@ def _draw_measured(axes, measured: Sequence[MeasuredScan]) -> None:  # noqa: ANN
                 label=f"{scan.label}: blew up",
             )  # fmt: skip
     axes.set_ylabel(measured[0].quantity)
-    axes.legend(fontsize=8, loc="best")
+    axes.legend(fontsize=8, loc="best", frameon=True, framealpha=1.0, edgecolor="none")
