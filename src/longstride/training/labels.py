@@ -1,20 +1,23 @@
-"""Teacher labels for distillation: reference frames, and hot Langevin dynamics on the teacher itself.
+"""Teacher labels for distillation: reference frames, hot Langevin dynamics on the teacher, and dynamics that a student drives.
 
 Reference frames come from another potential, so their stiff coordinates are displaced and too narrow for the teacher.
 Short Langevin runs on the teacher, at the target temperature and above, give frames of its own distribution and of what lies
 around it, where a student is used between two teacher calls. Only positions matter there, so every atom weighs 12 Da,
 which slows all bonds down to where one step decorrelates stiff forces, and every teacher call is a label.
+
+A student that was trained on such frames may still be wrong where its own dynamics leads (a hole). Multi-time-step dynamics
+with it in the inner steps goes there, and each of its teacher calls is the label of just the frame that was missing.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-from longstride.dynamics.integrators import MDState, baoab, start, thermal_velocities
+from longstride.dynamics.integrators import MDState, baoab, respa_baoab, start, thermal_velocities
 from longstride.errors import NumericsError
 from longstride.state import State
 
@@ -25,6 +28,7 @@ if TYPE_CHECKING:
 
 MASS_DA = 12.0
 TIMESTEP_PS = 3.5e-3
+DRIVEN_STEPS = 4  # of the student between two teacher calls: for atoms of 12 Da as far as 4 fs are for hydrogen
 FRICTION_PER_PS = 5.0
 HEAT = (1.0, 1.3, 1.7)  # chain temperatures, relative to the target
 MAX_TEMPERATURE_RATIO = 4.0
@@ -33,6 +37,7 @@ STEPS_PER_BLOCK = 8
 MAX_FAILED = 0.05
 SHORTEST_CHAIN = 24  # steps, where there are enough labels for four chains
 ATOMS_PER_CALL = 4096  # of the teacher, which bounds its memory
+STATE_FIELDS = ("positions", "velocities", "forces", "potential_energy", "fast_forces")
 FRAME_FIELDS = ("positions", "energies", "forces", "trajectory")
 
 
@@ -88,6 +93,11 @@ class Labelled:
         """Return the frames where the mask is true."""
         return Labelled(**{key: getattr(self, key)[keep] for key in FRAME_FIELDS}, box=self.box)
 
+    def and_also(self, more: Labelled) -> Labelled:
+        """Return these frames and others of the same system."""
+        joined = {key: torch.cat([getattr(self, key), getattr(more, key)]) for key in FRAME_FIELDS}
+        return Labelled(**joined, box=self.box)
+
     def boxes(self, count: int) -> torch.Tensor | None:
         """Return the box for so many frames, [count, 3, 3] nm, or None."""
         return repeated(self.box, count)
@@ -107,6 +117,7 @@ def label_frames(
     seed: int,
     store: StateFolder,
     box: np.ndarray | None = None,
+    fast: Potential | None = None,
     progress: Progress | None = None,
 ) -> Labelled:
     """Return teacher-labelled frames; finished blocks in `store` are not computed again.
@@ -119,6 +130,7 @@ def label_frames(
         seed: of chain starts and noise.
         store: open state folder; continued bitwise.
         box: [3, 3] nm of a periodic system.
+        fast: a student that drives the chains between teacher calls; None: the teacher alone.
         progress: told the number of labels.
 
     Raises:
@@ -127,9 +139,9 @@ def label_frames(
     saved = store.latest()
     done, arrays = (saved.step, saved.arrays) if saved else (0, {})
     n_reference, n_dynamics = plan.blocks
-    reference, origin = _spread(trajectories, plan.reference)
+    reference, origin = _spread(trajectories, plan.reference) if plan.reference else (np.zeros(0), np.zeros(0))
     teacher, cell = _InParts(teacher), None if box is None else torch.from_numpy(box)
-    chains = _Chains(teacher, trajectories, plan, kT=kT, seed=seed, box=cell)
+    chains = _Chains(teacher, trajectories, plan, kT=kT, seed=seed, box=cell, fast=fast)
     for index in range(done, n_reference + n_dynamics):
         if index < n_reference:
             part = slice(index * REFERENCE_BLOCK, (index + 1) * REFERENCE_BLOCK)
@@ -194,8 +206,10 @@ class _Chains:
         kT: float,
         seed: int,
         box: torch.Tensor | None,
+        fast: Potential | None,
     ) -> None:
         generator = np.random.default_rng(seed)
+        self._fast = None if fast is None else _InParts(fast)
         self._teacher, self._seed, self._box = teacher, seed, repeated(box, plan.chains)
         self.origin = torch.arange(plan.chains) % len(trajectories)
         frames = [trajectories[k][generator.integers(len(trajectories[k]))] for k in self.origin.tolist()]
@@ -211,21 +225,14 @@ class _Chains:
         found: list[MDState] = []
         if "velocities" in arrays:
             generator.set_state(torch.from_numpy(arrays["generator"].copy()))
-            names = ("positions", "velocities", "forces", "potential_energy")
+            names = [name for name in STATE_FIELDS if name in arrays]
             md = MDState(masses=self._masses, box=self._box, **{key: torch.from_numpy(arrays[key].copy()) for key in names})
         else:
             velocities = thermal_velocities(self._starts.shape, self._masses, self._kT, generator)
-            md = start(self._starts, velocities, masses=self._masses, potential=self._teacher, box=self._box)
+            md = self._begin(velocities)
             found.append(md)
         for _ in range(steps):
-            md = baoab(
-                md,
-                potential=self._teacher,
-                dt=TIMESTEP_PS,
-                kT=self._kT,
-                friction=FRICTION_PER_PS,
-                generator=generator,
-            )
+            md = self._step(md, generator)
             found.append(md)
             md = self._back_to_start(md, generator)
         labels = {
@@ -234,8 +241,26 @@ class _Chains:
             "forces": torch.cat([item.forces for item in found]),
             "trajectory": self.origin.repeat(len(found)),
         }
-        state = {key: getattr(md, key).numpy() for key in ("positions", "velocities", "forces", "potential_energy")}
+        state = {key: getattr(md, key).numpy() for key in STATE_FIELDS if getattr(md, key) is not None}
         return labels, {**state, "generator": generator.get_state().numpy()}
+
+    def _begin(self, velocities: torch.Tensor) -> MDState:
+        return start(self._starts, velocities, masses=self._masses, potential=self._teacher, fast=self._fast, box=self._box)
+
+    def _step(self, md: MDState, generator: torch.Generator) -> MDState:
+        kT, friction = self._kT, FRICTION_PER_PS
+        if self._fast is None:
+            return baoab(md, potential=self._teacher, dt=TIMESTEP_PS, kT=kT, friction=friction, generator=generator)
+        return respa_baoab(
+            md,
+            fast=self._fast,
+            slow=self._teacher,
+            n_inner=DRIVEN_STEPS,
+            dt=DRIVEN_STEPS * TIMESTEP_PS,
+            kT=kT,
+            friction=friction,
+            generator=generator,
+        )
 
     def _back_to_start(self, md: MDState, generator: torch.Generator) -> MDState:
         """Return chains that failed or ran hot to where they began, with fresh velocities."""
@@ -244,16 +269,13 @@ class _Chains:
         if not bad.any():
             return md
         velocities = thermal_velocities(self._starts.shape, self._masses, self._kT, generator)
-        fresh = start(self._starts, velocities, masses=self._masses, potential=self._teacher, box=self._box)
-        chain = bad[:, None, None]
-        return MDState(
-            positions=torch.where(chain, fresh.positions, md.positions),
-            velocities=torch.where(chain, fresh.velocities, md.velocities),
-            forces=torch.where(chain, fresh.forces, md.forces),
-            potential_energy=torch.where(bad, fresh.potential_energy, md.potential_energy),
-            masses=md.masses,
-            box=md.box,
-        )
+        fresh, chain = self._begin(velocities), bad[:, None, None]
+
+        def chosen(name: str) -> torch.Tensor:
+            new, old = getattr(fresh, name), getattr(md, name)
+            return torch.where(chain if new.ndim == 3 else bad, new, old)
+
+        return replace(md, **{name: chosen(name) for name in STATE_FIELDS if getattr(md, name) is not None})
 
 
 def _collect(store: StateFolder, blocks: int, box: torch.Tensor | None) -> Labelled:
