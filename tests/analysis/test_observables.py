@@ -59,7 +59,7 @@ def test_correlated_blocks_have_larger_errors():
         return Observable(name="x", unit="", statistics=means, chains=np.zeros(count, dtype=int))
 
     # blocks of 40 frames are as long as the correlation: without the inflation the errors would be too small
-    found = [observable(x[:, k], 100) for k in range(400)]
+    found = [observable(x[:, k], 100) for k in range(150)]
     truth = x.mean(axis=0).std()
     plain = np.sqrt(np.mean([item.errors[0] ** 2 / item.inflation for item in found]))
     inflated = np.sqrt(np.mean([item.errors[0] ** 2 for item in found]))
@@ -75,7 +75,7 @@ def test_replicas_in_different_basins_are_as_many_units_as_replicas():
     generator = np.random.default_rng(3)
     chains = np.repeat(np.arange(4), 6)
     ratios = []
-    for _ in range(200):
+    for _ in range(80):
         offsets = generator.normal(size=(4, 12))
         blocks_of_chains = offsets[chains] + 0.3 * generator.normal(size=(24, 12))
         stuck = Observable(name="x", unit="", statistics=blocks_of_chains, chains=chains, grid=np.arange(12.0))
