@@ -85,8 +85,8 @@ class SystemConfig(Section):
         min_length=1,
         description="an SDF file with the small molecule bound to that of 'file', placed, hydrogens included",
     )
-    ligand_charges: Literal["am1-bcc", "gasteiger"] = Field(
-        "am1-bcc", description="partial charges of the ligand on GAFF2; gasteiger needs no LAPACK and is far coarser"
+    ligand_charges: Literal["am1-bcc", "gasteiger"] | None = Field(
+        None, description="partial charges of the ligand, null: am1-bcc; gasteiger needs no LAPACK and is far coarser"
     )
     solvate: SolvateConfig | None = Field(None, description="water around the molecule; physics.force_field names its model")
 
@@ -98,6 +98,8 @@ class SystemConfig(Section):
             raise ValueError(f"system {self.name!r} is a box of water already; drop 'solvate'")
         if self.ligand is not None and self.file is None:
             raise ValueError(f"system {self.name!r} has a ligand but no 'file' with the molecule that it is bound to")
+        if self.ligand_charges is not None and self.ligand is None:
+            raise ValueError(f"system {self.name!r} has no 'ligand' for 'ligand_charges'")
         return self
 
     @property

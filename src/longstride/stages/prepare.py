@@ -43,5 +43,5 @@ def build(section: SystemConfig, physics: PhysicsConfig) -> Prepared:
     if section.ligand is not None:
         from longstride.ligands import read_ligand
 
-        options["ligand"] = read_ligand(Path(section.ligand), charges=section.ligand_charges)
+        options["ligand"] = read_ligand(Path(section.ligand), charges=section.ligand_charges or "am1-bcc")
     return prepare_file(Path(section.file or ""), **options)
