@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+
+# every test compiles, and evaluates a few atoms once: cheap compilation is what counts (read when XLA starts)
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true")
+
 import numpy as np
 
 from longstride.state import System

@@ -12,6 +12,7 @@ from conftest_potentials import distorted, molecule
 from fennol_models import system
 
 from contracts import check_potential
+from longstride import runs
 from longstride.config import DistillConfig, stage_view, validate
 from longstride.errors import ConfigError, DataError, LongstrideError
 from longstride.potentials.openmm import OpenMMPotential
@@ -80,6 +81,12 @@ def test_weights_enter_job_keys_by_content(tmp_path):
     path.unlink()
     with pytest.raises(ConfigError, match=r"distill.teacher_weights: cannot read .*w.fnx"):
         stage_view(config, "distill")
+
+
+def test_missing_weights_end_a_run_before_its_first_job(tmp_path):
+    values = {"distill": {"teacher": "fennol", "teacher_weights": [str(tmp_path / "absent.fnx")]}}
+    with pytest.raises(ConfigError, match=r"distill.teacher_weights: cannot read .*absent.fnx"):
+        runs.open_run(values, in_job=False)
 
 
 def test_openmm_is_the_molecules_own_force_field():
