@@ -165,6 +165,8 @@ class _Job:
             "system_hash": self.molecule.system_hash,
             "temperature_K": self.temperature_K,
             "masses_Da": self.masses.tolist(),
+            "friction_per_ps": self.section.friction_per_ps,
+            "timestep_fs": plan.dt / FS_PS,
             "box_nm": box_values(self.molecule.box),
             "kinetic_temperature_K": by_element,
             "counts": {
