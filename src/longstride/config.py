@@ -332,6 +332,15 @@ class DistillConfig(Section):
     channels: int = Field(16, ge=2, description="rotation invariants per angular degree (0 to 3)")
     hidden: int = Field(64, ge=8, description="width of the student's perceptrons")
     max_steps: int = Field(4000, ge=1, description="optimiser steps")
+    rounds: int = Field(
+        1, ge=0, description="at most so often: frames to which the student's own dynamics leads are labelled, and trained on"
+    )
+    round_frames: int = Field(600, ge=20, description="teacher-labelled frames of each round")
+    round_steps: int = Field(2000, ge=1, description="optimiser steps of each round")
+    hole_kJ_per_mol_nm: float = Field(
+        1000.0, gt=0, description="a larger error on an atom is a hole; rounds end when a student meets none"
+    )
+    max_bond_error: float = Field(0.1, gt=0, description="a larger relative error of the force along bonds is refused")
     batch_size: int = Field(16, ge=1, description="frames per optimiser step")
     learning_rate: float = Field(1e-2, gt=0, description="peak learning rate (Adam, warm-up, cosine decay)")
     checkpoint_every_steps: int = Field(250, ge=1, description="optimiser steps between checkpoints")

@@ -14,8 +14,20 @@ from longstride.potentials.amber import AmberPotential
 from longstride.potentials.teachers import TeacherSpec
 from longstride.stages import distill, sample_mts
 from longstride.state import State
+from longstride.training.labels import LabelPlan
 
-DISTILL = DistillConfig(frames=60, max_steps=30, batch_size=8, checkpoint_every_steps=10, channels=4, hidden=16)
+DISTILL = DistillConfig(
+    frames=60,
+    max_steps=30,
+    round_frames=20,
+    round_steps=20,
+    hole_kJ_per_mol_nm=1.0,
+    max_bond_error=10.0,
+    batch_size=8,
+    checkpoint_every_steps=10,
+    channels=4,
+    hidden=16,
+)
 MTS = MTSSampling(
     replicas=2,
     length_ps=0.08,
@@ -79,9 +91,9 @@ def teacher(alanine, monkeypatch):
     return Teacher
 
 
-def run_distill(folder, alanine_folder, reference, name="distill"):
+def run_distill(folder, alanine_folder, reference, name="distill", **changes):
     distill.run(
-        DISTILL,
+        DISTILL.model_copy(update=changes),
         prepared=alanine_folder,
         reference=reference,
         out=folder / name,
@@ -113,7 +125,11 @@ def test_the_whole_path(tmp_path, alanine_folder, reference, teacher, capsys):
     assert found["frames"]["teacher_calls"] >= teacher.calls  # a call labels many frames
     assert 0 < found["force_relative"] < 1
     assert found["frames"]["held_out"] > 0
-    assert len((distilled / "metrics.csv").read_text().splitlines()) == 4
+    assert len((distilled / "metrics.csv").read_text().splitlines()) == 6
+    (driven,) = found["rounds"]
+    assert driven["holes"] == driven["frames"] == found["frames"]["teacher_calls"] - LabelPlan.of(60).total
+    assert driven["largest_error"] > 1.0
+    assert found["hessian_relative"] > 0.01
     out = run_mts(tmp_path, alanine_folder, reference, distilled)
     samples = read_arrays(out / "samples.safetensors")[0]
     assert samples["positions"].shape == (8, 2, 22, 3)
@@ -142,6 +158,20 @@ def test_the_whole_path(tmp_path, alanine_folder, reference, teacher, capsys):
     assert "ps/s" in capsys.readouterr().out
     with pytest.raises(DataError, match="not from gfn1-xtb"):
         run_mts(tmp_path, alanine_folder, reference, distilled, name="other", teacher="gfn1-xtb")
+
+
+def test_a_student_without_holes_needs_no_more_training(tmp_path, alanine_folder, reference, teacher):
+    out = run_distill(tmp_path, alanine_folder, reference, rounds=3, hole_kJ_per_mol_nm=1e9)
+    found = read_manifest(out, kind="distill")
+    assert [item["holes"] for item in found["rounds"]] == [0]
+    assert len((out / "metrics.csv").read_text().splitlines()) == 4
+
+
+def test_a_student_that_is_wrong_along_bonds_is_refused(tmp_path, alanine_folder, reference, teacher):
+    with pytest.raises(NumericsError, match="max_bond_error") as error:
+        run_distill(tmp_path, alanine_folder, reference, rounds=0, max_bond_error=1e-3)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "distill").exists()
 
 
 def test_killed_jobs_continue_bitwise(tmp_path, alanine_folder, reference, teacher):

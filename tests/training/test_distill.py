@@ -11,7 +11,16 @@ from longstride.data.checkpoint import open_state
 from longstride.errors import NumericsError
 from longstride.potentials.student import StudentMetadata, StudentNetwork
 from longstride.state import State, System
-from longstride.training.distill import fit_shifts, learning_rate, measure, predict, stiff_errors, train
+from longstride.training.distill import (
+    fit_shifts,
+    hessian_error,
+    largest_errors,
+    learning_rate,
+    measure,
+    predict,
+    stiff_errors,
+    train,
+)
 from longstride.training.labels import FRAME_FIELDS, LabelPlan, label_frames
 from longstride.units import thermal_energy
 
@@ -130,6 +139,69 @@ def test_failed_frames_are_dropped_and_many_are_an_error(trajectories, tmp_path)
         label(store, trajectories, teacher=Springs(fails=range(1, 100, 2)))
 
 
+class Scaled(Springs):
+    """A student: the teacher's forces times a factor."""
+
+    def __init__(self, factor):
+        super().__init__()
+        self.factor = factor
+
+    def energy_forces(self, x):
+        energy, forces = super().energy_forces(x)
+        return energy, self.factor * forces
+
+
+def driven(store, trajectories, student):
+    plan = LabelPlan(reference=0, chains=6, steps=40)
+    return label_frames(Springs(), trajectories, plan=plan, kT=KT, seed=4, store=store, fast=student)
+
+
+def test_driven_frames_are_labelled_by_the_teacher_and_go_where_the_student_leads(trajectories, tmp_path):
+    found = {}
+    for factor in (1.0, 0.6):
+        with open_state(tmp_path / str(factor), "key") as store:
+            found[factor] = driven(store, trajectories, Scaled(factor))
+        energy, forces = Springs().energy_forces(State(positions=found[factor].positions))
+        assert torch.equal(energy, found[factor].energies)
+        assert torch.equal(forces, found[factor].forces)
+        assert len(found[factor]) == 6 * 41
+    # between teacher calls a student that is too soft lets bonds go farther
+    error, control = (float((frames.energies + 12_345.0)[60:].mean()) for frames in (found[0.6], found[1.0]))
+    assert error > 1.1 * control
+
+
+def test_driven_labelling_continues_bitwise(trajectories, tmp_path):
+    class Killed(Scaled):
+        def energy_forces(self, x):
+            if self.calls == 90:
+                raise KeyboardInterrupt
+            return super().energy_forces(x)
+
+    with open_state(tmp_path / "whole", "key") as store:
+        whole = driven(store, trajectories, Scaled(0.9))
+    with open_state(tmp_path / "parts", "key") as store:
+        with pytest.raises(KeyboardInterrupt):
+            driven(store, trajectories, Killed(0.9))
+        parts = driven(store, trajectories, Scaled(0.9))
+    for key in FRAME_FIELDS:
+        assert torch.equal(getattr(whole, key), getattr(parts, key)), key
+
+
+def test_largest_errors_find_the_frame_with_a_hole(frames):
+    student = StudentNetwork(METADATA, torch.Generator().manual_seed(1))(WATER)
+    forces = predict(student, frames)[1]
+    forces[17, 1] += torch.tensor([0.0, 300.0, 400.0])
+    error = largest_errors(student, dataclasses.replace(frames, forces=forces))
+    assert int(error.argmax()) == 17
+    assert abs(float(error[17]) - 500.0) < 1e-6
+    assert float(error.topk(2).values[1]) < 1e-6
+
+
+def test_hessian_error_of_scaled_springs(frames):
+    assert hessian_error(Springs(), Springs(), frames, seed=3) < 1e-12
+    assert abs(hessian_error(Springs(), Scaled(1.02), frames, seed=3) - 0.02) < 1e-9
+
+
 def fit(frames, store, *, section=SECTION, stop_at=None):
     network = StudentNetwork(METADATA, torch.Generator().manual_seed(1))
 
@@ -140,7 +212,15 @@ def fit(frames, store, *, section=SECTION, stop_at=None):
 
     held = frames.trajectory == 3
     rows = train(
-        network, network(WATER), frames.where(~held), frames.where(held), section=section, seed=2, store=store, progress=Stop()
+        network,
+        network(WATER),
+        frames.where(~held),
+        frames.where(held),
+        section=section,
+        steps=section.max_steps,
+        seed=2,
+        store=store,
+        progress=Stop(),
     )
     return network, rows
 
@@ -176,7 +256,7 @@ def test_shifts_make_energies_agree(frames, tmp_path):
     # measured quality does not depend on the constant
     moved = dataclasses.replace(frames, energies=frames.energies + 1e4)
     student = network(WATER)
-    assert abs(measure(network, student, frames).energy_mae - measure(network, student, moved).energy_mae) < 1e-6
+    assert abs(measure(student, frames).energy_mae - measure(student, moved).energy_mae) < 1e-6
 
 
 def test_stiff_errors_of_a_student_that_is_too_soft(frames):

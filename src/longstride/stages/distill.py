@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import openmm
@@ -16,7 +16,7 @@ from longstride.data.atomic import atomic_path, write_text
 from longstride.data.checkpoint import fingerprint, open_state
 from longstride.data.frames import read_trajectories
 from longstride.data.manifest import read_manifest, write_manifest
-from longstride.errors import LongstrideError
+from longstride.errors import LongstrideError, NumericsError
 from longstride.fingerprints import code_version
 from longstride.potentials.shipped_students import shipped_student
 from longstride.potentials.student import StudentMetadata, StudentNetwork, save_student
@@ -25,14 +25,18 @@ from longstride.progress import Progress
 from longstride.provenance import provenance
 from longstride.seeds import job_seed
 from longstride.systems import load_prepared
-from longstride.training.distill import measure, train
+from longstride.training.distill import hessian_error, largest_errors, measure, train
 from longstride.training.labels import Labelled, LabelPlan, label_frames
 from longstride.units import thermal_energy
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    import numpy as np
+
     from longstride.config import DistillConfig
+    from longstride.potentials.base import Potential
+    from longstride.potentials.student import AnyStudent
     from longstride.systems import Prepared
 
 HELD_OUT = 0.25  # of the reference trajectories
@@ -55,55 +59,157 @@ def run(section: DistillConfig, *, prepared: Path, reference: Path, out: Path, s
     if section.shipped:
         _copy_shipped(molecule, target, out)
         return
-    common = (molecule.system_hash, target, spec.options, charge, source["files"], seed, code_version("distill"))
-    plan = LabelPlan.of(section.frames)
-    label_key = fingerprint("labels", *common, asdict(plan), source["temperature_K"])
-    train_key = fingerprint("training", *common, source["temperature_K"], section.model_dump())
-    with open_state(state / "labels", label_key) as labels, open_state(state / "training", train_key) as training:
-        began = time.perf_counter()
-        positions = [item["positions"] for item in read_trajectories(reference, fields=("positions",))]
-        with open_teacher(spec, molecule, charge=charge, threads=threads) as teacher:
-            kT, progress = thermal_energy(source["temperature_K"]), Progress(f"labels of {target}", plan.total, "frames")
-            label_seed = job_seed(seed, "labels")
-            frames = label_frames(
-                teacher, positions, plan=plan, kT=kT, seed=label_seed, store=labels, box=molecule.box, progress=progress
-            )
-        label_s = time.perf_counter() - began
-        kept, held_out = split(frames, len(positions))
-        network = StudentNetwork(_metadata(section, molecule, target), torch.Generator().manual_seed(job_seed(seed, "weights")))
-        student = network.bind(molecule.system, periodic=molecule.box is not None)
-        began = time.perf_counter()
-        rows = train(
-            network,
-            student,
-            kept,
-            held_out,
-            section=section,
-            seed=job_seed(seed, "batches"),
-            store=training,
-            progress=Progress("distillation", section.max_steps, "steps"),
-        )
-        train_s = time.perf_counter() - began
-        quality = asdict(measure(network, student, held_out))
-        content = {
-            "system": molecule.system.name,
-            "system_hash": molecule.system_hash,
-            "teacher": target,
-            "charge": charge,
-            "cutoff_nm": section.cutoff_nm,
-            "temperature_K": source["temperature_K"],
-            "frames": {"train": len(kept), "held_out": len(held_out), "teacher_calls": plan.total},
-            "units": {"force_rmse": "kJ/mol/nm", "energy_mae": "kJ/mol"},
-            **quality,
-            "timing": {"label_s": label_s, "label_threads": threads, "train_s": train_s, "train_threads": 1},
-        }
-        _write(out, network, rows, content)
-        labels.clear()
-        training.clear()
-    print(
-        f"distill: force error {quality['force_rmse']:.1f} kJ/mol/nm ({100 * quality['force_relative']:.1f} %), along bonds"
-        f" {100 * quality['bond_relative']:.1f} %, {len(frames)} labels in {label_s:.0f} s, training {train_s:.0f} s"
+    positions = [item["positions"] for item in read_trajectories(reference, fields=("positions",))]
+    common = (molecule.system_hash, target, spec.options, charge, source["files"], source["temperature_K"], seed)
+    work = _Work(
+        section=section,
+        molecule=molecule,
+        trajectories=positions,
+        kT=thermal_energy(source["temperature_K"]),
+        seed=seed,
+        state=state,
+        key=fingerprint("distill", *common, section.model_dump(), code_version("distill")),
+        label_key=fingerprint("labels", *common, section.frames, code_version("distill")),
     )
+    network = StudentNetwork(_metadata(section, molecule, target), torch.Generator().manual_seed(job_seed(seed, "weights")))
+    with open_teacher(spec, molecule, charge=charge, threads=threads) as teacher:
+        result = work.distil(network, teacher)
+    content = {
+        "system": molecule.system.name,
+        "system_hash": molecule.system_hash,
+        "teacher": target,
+        "charge": charge,
+        "cutoff_nm": section.cutoff_nm,
+        "temperature_K": source["temperature_K"],
+        "units": {"force_rmse": "kJ/mol/nm", "energy_mae": "kJ/mol"},
+        **result.content,
+        "timing": {**result.timing, "label_threads": threads, "train_threads": 1},
+    }
+    _check_quality(content, section)
+    _write(out, network, result.rows, content)
+    work.clear()
+    print(
+        f"distill: force error {content['force_rmse']:.1f} kJ/mol/nm ({100 * content['force_relative']:.1f} %), along bonds"
+        f" {100 * content['bond_relative']:.1f} %, of Hessian-vector products {100 * content['hessian_relative']:.1f} %;"
+        f" {content['frames']['teacher_calls']} labels in {result.timing['label_s']:.0f} s, training"
+        f" {result.timing['train_s']:.0f} s; {content['rounds'][-1]['holes'] if content['rounds'] else 'unknown'} holes left"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Result:
+    rows: list[dict[str, float]]
+    content: dict[str, Any]
+    timing: dict[str, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Work:
+    """Labels and training in turn; every part has a state folder of its own, so that nothing is done twice."""
+
+    section: DistillConfig
+    molecule: Prepared
+    trajectories: list[np.ndarray]
+    kT: float
+    seed: int
+    state: Path
+    key: str
+    label_key: str
+
+    def distil(self, network: StudentNetwork, teacher: Potential) -> _Result:
+        """Fit `network` in place: to the first frames, then to those that its own dynamics adds, round after round."""
+        timing = {"label_s": 0.0, "train_s": 0.0}
+        plan = LabelPlan.of(self.section.frames)
+        frames = self._label(teacher, plan, folder="labels", timing=timing)
+        calls, rows, rounds = plan.total, [], []
+        for index in range(self.section.rounds + 1):
+            kept, held_out = split(frames, len(self.trajectories))
+            rows += self._train(network, kept, held_out, index=index, timing=timing)
+            if index == self.section.rounds:
+                break
+            plan = replace(LabelPlan.of(self.section.round_frames), reference=0)
+            more = self._label(teacher, plan, folder=f"driven_{index}", timing=timing, fast=self._student(network))
+            error = largest_errors(self._student(network), more)
+            holes = int((error > self.section.hole_kJ_per_mol_nm).sum())
+            rounds.append({"frames": len(more), "holes": holes, "largest_error": float(error.max())})
+            calls += plan.total
+            if holes == 0:
+                break
+            frames = frames.and_also(more)
+        student = self._student(network)
+        content = {
+            "frames": {"train": len(kept), "held_out": len(held_out), "teacher_calls": calls},
+            "rounds": rounds,
+            **asdict(measure(student, held_out)),
+            "hessian_relative": hessian_error(teacher, student, held_out, seed=job_seed(self.seed, "directions")),
+        }
+        return _Result(rows=rows, content=content, timing=timing)
+
+    def _student(self, network: StudentNetwork) -> AnyStudent:
+        return network.bind(self.molecule.system, periodic=self.molecule.box is not None)
+
+    def _label(
+        self,
+        teacher: Potential,
+        plan: LabelPlan,
+        *,
+        folder: str,
+        timing: dict[str, float],
+        fast: Potential | None = None,
+    ) -> Labelled:
+        began = time.perf_counter()
+        key = self.label_key if fast is None else self.key
+        with open_state(self.state / folder, key) as store:
+            frames = label_frames(
+                teacher,
+                self.trajectories,
+                plan=plan,
+                kT=self.kT,
+                seed=job_seed(self.seed, folder),
+                store=store,
+                box=self.molecule.box,
+                fast=fast,
+                progress=Progress(f"{folder} of {teacher.name}", plan.total, "frames"),
+            )
+        timing["label_s"] += time.perf_counter() - began
+        return frames
+
+    def _train(
+        self, network: StudentNetwork, kept: Labelled, held_out: Labelled, *, index: int, timing: dict[str, float]
+    ) -> list[dict[str, float]]:
+        began = time.perf_counter()
+        steps = self.section.max_steps if index == 0 else self.section.round_steps
+        with open_state(self.state / f"training_{index}", self.key) as store:
+            rows = train(
+                network,
+                self._student(network),
+                kept,
+                held_out,
+                section=self.section,
+                steps=steps,
+                seed=job_seed(self.seed, "batches", index),
+                store=store,
+                progress=Progress("distillation", steps, "steps"),
+            )
+        timing["train_s"] += time.perf_counter() - began
+        return [{"round": index, **row} for row in rows]
+
+    def clear(self) -> None:
+        """Remove the state folders of finished work."""
+        for index in range(self.section.rounds + 1):
+            for folder in ("labels", f"driven_{index}", f"training_{index}"):
+                if (self.state / folder).is_dir():
+                    with open_state(self.state / folder, self.label_key if folder == "labels" else self.key) as store:
+                        store.clear()
+
+
+def _check_quality(content: dict[str, Any], section: DistillConfig) -> None:
+    """Refuse a student whose errors of stiff modes would make multi-time-step dynamics resonate."""
+    if content["bond_relative"] > section.max_bond_error:
+        raise NumericsError(
+            f"the student's force along bonds is wrong by {100 * content['bond_relative']:.1f} %, more than"
+            f" distill.max_bond_error ({100 * section.max_bond_error:g} %); distil with more max_steps, frames or channels"
+        )
 
 
 def _copy_shipped(molecule: Prepared, target: str, out: Path) -> None:

@@ -18,10 +18,12 @@ import numpy as np
 import torch
 
 from longstride.errors import NumericsError
+from longstride.state import State
 
 if TYPE_CHECKING:
     from longstride.config import DistillConfig
     from longstride.data.checkpoint import StateFolder
+    from longstride.potentials.base import Potential
     from longstride.potentials.student import AnyStudent, StudentNetwork
     from longstride.progress import Progress
     from longstride.training.labels import Labelled
@@ -62,6 +64,7 @@ def train(
     held_out: Labelled,
     *,
     section: DistillConfig,
+    steps: int,
     seed: int,
     store: StateFolder,
     progress: Progress | None = None,
@@ -73,7 +76,8 @@ def train(
         student: the network bound to the molecule of the frames.
         frames: what to fit.
         held_out: frames of other trajectories, only looked at.
-        section: steps, batch size, learning rate, checkpoint interval.
+        section: batch size, learning rate, checkpoint interval.
+        steps: optimiser steps.
         seed: of the order of frames.
         store: open state folder.
         progress: told the number of steps.
@@ -87,8 +91,8 @@ def train(
     positions, targets = frames.positions, frames.forces.to(student.dtype)
     force_scale = targets.square().mean().sqrt()
     energy_scale = max(float(frames.energies.std()), 1e-6) if len(frames) > 1 else 1.0
-    while step < section.max_steps:
-        rate = learning_rate(step, peak=section.learning_rate, steps=section.max_steps)
+    while step < steps:
+        rate = learning_rate(step, peak=section.learning_rate, steps=steps)
         for group in optimiser.param_groups:
             group["lr"] = rate
         chosen = torch.randint(len(frames), (section.batch_size,), generator=generator)
@@ -102,10 +106,10 @@ def train(
         torch.nn.utils.clip_grad_norm_(network.parameters(), MAX_GRADIENT)
         optimiser.step()
         step += 1
-        if step % section.checkpoint_every_steps == 0 or step == section.max_steps:
+        if step % section.checkpoint_every_steps == 0 or step == steps:
             if not math.isfinite(loss.item()):
                 raise NumericsError(f"distillation diverged at step {step}; lower distill.learning_rate")
-            rows.append(_row(step, rate, force_loss.item(), measure(network, student, _first(held_out))))
+            rows.append(_row(step, rate, force_loss.item(), measure(student, _first(held_out))))
             _save(store, step, network, optimiser, generator=generator, rows=rows)
         if progress is not None:
             progress.update(step, f"force error {math.sqrt(force_loss.item()):.3f}")
@@ -127,9 +131,8 @@ def predict(student: AnyStudent, frames: Labelled) -> tuple[torch.Tensor, torch.
     return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts]).to(torch.float64)
 
 
-def measure(network: StudentNetwork, student: AnyStudent, frames: Labelled) -> Quality:
-    """Compare student and teacher on labelled frames."""
-    del network  # the student reads it; named so that a call says what is measured
+def measure(student: AnyStudent, frames: Labelled) -> Quality:
+    """Compare student (its network as it is now) and teacher on labelled frames."""
     energies, forces = predict(student, frames)
     error = forces - frames.forces
     bonds = torch.from_numpy(np.asarray(student.system.bonds))
@@ -144,6 +147,42 @@ def measure(network: StudentNetwork, student: AnyStudent, frames: Labelled) -> Q
         stiffness_max=float(stiffness.abs().max()),
         energy_mae=float((residual - residual.mean()).abs().mean()),
     )
+
+
+def largest_errors(student: AnyStudent, frames: Labelled) -> torch.Tensor:
+    """Return the largest |F_S - F_L| on any atom of each frame, [frame] kJ/mol/nm."""
+    return (predict(student, frames)[1] - frames.forces).norm(dim=2).amax(dim=1)
+
+
+def hessian_error(
+    teacher: Potential, student: Potential, frames: Labelled, *, seed: int, count: int = 16, step_nm: float = 5e-4
+) -> float:
+    """Return the relative error of Hessian-vector products along random directions.
+
+    Equation: H v = (F(x - h v) - F(x + h v)) / 2h with v standard normal; rms |H_S v - H_L v| / rms |H_L v|. Random directions
+    see all eigenvalues, and the stiffest most. It costs two teacher calls per frame. Source: distillation by Hessians,
+    arXiv:2501.09009.
+
+    Args:
+        teacher: the expensive potential.
+        student: the cheap one.
+        frames: where; `count` of them, evenly spread.
+        seed: of the directions.
+        count: frames looked at, at most.
+        step_nm: h.
+    """
+    x = frames.positions[torch.linspace(0, len(frames) - 1, min(count, len(frames))).round().long()]
+    v = torch.randn(x.shape, generator=torch.Generator().manual_seed(seed), dtype=x.dtype)
+    found = []
+    for potential in (teacher, student):
+        parts = [
+            potential.energy_forces(State(positions=at[k : k + 1], box=frames.boxes(1)))[1]
+            for at in (x - step_nm * v, x + step_nm * v)
+            for k in range(len(x))
+        ]
+        before, after = torch.cat(parts).chunk(2)
+        found.append((before - after) / (2 * step_nm))
+    return float((found[1] - found[0]).norm() / found[0].norm())
 
 
 def stiff_errors(
