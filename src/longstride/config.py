@@ -22,6 +22,7 @@ from longstride.fingerprints import files_digest
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$")]
 Method = Literal["md", "tuned-md", "timewarp", "explore", "mts", "sts"]
 METHODS: tuple[Method, ...] = typing.get_args(Method)
+IN_A_BOX: tuple[Method, ...] = ("mts", "sts")
 DEFAULT_METHODS: tuple[Method, ...] = ("md", "timewarp", "explore", "mts", "sts")
 Energies = Literal["batched", "openmm"]
 Teacher = Literal["gfn2-xtb", "gfn1-xtb", "fennol", "torchani", "mace", "aimnet2", "openmm", "ase"]
@@ -562,6 +563,42 @@ class CompareConfig(Section):
     max_free_energy_kT: float = Field(5.0, gt=0, description="bins above this reference free energy are not compared")
 
 
+class DynamicsConfig(Section):
+    """Multi-time-step dynamics against single-step dynamics of the same teacher: everything that must not change."""
+
+    enabled: bool = Field(
+        default=True,
+        description="whether a run with methods mts and sts compares them; needs equal friction and hydrogen mass",
+    )
+    r_max_nm: float = Field(1.0, gt=0, description="range of pair distributions; cut to half a box")
+    pair_bins: int = Field(100, ge=10, description="bins of pair distributions")
+    torsion_bins: int = Field(36, ge=6, le=360, description="bins of phi and psi")
+    vacf_lag_ps: float = Field(0.2, gt=0, description="longest lag of velocity correlations; the resolution of spectra follows")
+    spectrum_step_per_cm: float = Field(
+        25.0, gt=0, description="step of spectra, which end where save_every_ps resolves no more"
+    )
+    relaxation_lag_ps: float = Field(0.3, gt=0, description="longest lag of rotational and torsional correlations")
+    diffusion_fit_ps: tuple[float, float] = Field(
+        (0.5, 1.0), description="range of the line through the mean squared displacement, in a box"
+    )
+    viscosity_mPa_s: float | None = Field(
+        None, gt=0, description="for the finite-size correction of diffusion (Yeh and Hummer); null leaves it out"
+    )
+    permutations: int = Field(999, ge=99, description="of the tests of curves")
+    configurational_frames: int = Field(
+        0, ge=0, description="frames of every seed on which the teacher gives the configurational temperature; 0: none"
+    )
+    configurational_probes: int = Field(
+        4, ge=1, description="random vectors per such frame, two teacher calls each, for the trace of the Hessian"
+    )
+
+    @model_validator(mode="after")
+    def _a_line(self) -> DynamicsConfig:
+        if not 0 <= self.diffusion_fit_ps[0] < self.diffusion_fit_ps[1]:
+            raise ValueError("diffusion_fit_ps must be two times, the first one earlier and not negative")
+        return self
+
+
 class Config(Section):
     """A whole run."""
 
@@ -579,6 +616,7 @@ class Config(Section):
     sample: SampleConfig = SampleConfig()
     free_energy: FreeEnergyConfig = FreeEnergyConfig()
     compare: CompareConfig = CompareConfig()
+    dynamics: DynamicsConfig = DynamicsConfig()
 
     @model_validator(mode="after")
     def _consistent(self) -> Config:
@@ -605,6 +643,11 @@ class Config(Section):
         """Sequences of the training and validation peptides of the transferable flow; they are systems without a method."""
         return (*self.transfer.train, *self.transfer.validation)
 
+    def methods_of(self, system: str) -> tuple[Method, ...]:
+        """Return the methods that sample a system; in a periodic box these are mts and sts, all others need a lone molecule."""
+        methods = self.sample.methods
+        return tuple(name for name in methods if name in IN_A_BOX) if self.system(system).periodic else methods
+
     @property
     def run_folder(self) -> Path:
         """The folder that holds everything of this run."""
@@ -627,7 +670,27 @@ def validate(values: dict[str, Any], *, whole_run: bool = True) -> Config:
         raise ConfigError(_one_line(error)) from None
     if whole_run:
         _check_lags(config)
+        _check_methods(config)
     return config
+
+
+def _check_methods(config: Config) -> None:
+    mts, sts, dynamics = config.sample.mts, config.sample.sts, config.dynamics
+    for system in config.systems:
+        if not config.methods_of(system.name):
+            raise ConfigError(
+                f"configuration: system {system.name!r} lies in a periodic box, where only {' and '.join(IN_A_BOX)} sample;"
+                " add one of them to sample.methods"
+            )
+    if not (dynamics.enabled and {"mts", "sts"} <= set(config.sample.methods)):
+        return
+    for key in ("friction_per_ps", "hydrogen_mass_Da"):
+        ours, theirs = getattr(mts, key), getattr(sts, key)
+        if ours != theirs:
+            raise ConfigError(
+                f"configuration: sample.mts.{key} is {ours} and sample.sts.{key} is {theirs}; dynamics are compared at equal"
+                " values, set them alike or dynamics.enabled: false"
+            )
 
 
 def _check_lags(config: Config) -> None:
@@ -711,7 +774,7 @@ def stage_view(config: Config, stage: str, *, system: str | None = None, method:
 
     Args:
         config: the resolved configuration.
-        stage: prepare, reference, shard, flow, distill, sample, free_energy, compare or report.
+        stage: prepare, reference, shard, flow, distill, sample, free_energy, compare, dynamics or report.
         system: the job's system, where it has one.
         method: the job's method, for `sample`.
 
@@ -720,7 +783,7 @@ def stage_view(config: Config, stage: str, *, system: str | None = None, method:
     """
     full = config.model_dump(mode="json")
     view: dict[str, Any] = {}
-    if stage in ("reference", "flow", "chains", "transfer", "distill", "sample", "free_energy", "compare"):
+    if stage in ("reference", "flow", "chains", "transfer", "distill", "sample", "free_energy", "compare", "dynamics"):
         view["seed"] = config.run.seed
     if system is not None:
         view["system"] = config.system(system).model_dump(mode="json")
@@ -729,14 +792,21 @@ def stage_view(config: Config, stage: str, *, system: str | None = None, method:
     if stage == "sample" and method is not None:
         view["sample"] = full["sample"][section_of(method)]
         if method in ("mts", "sts"):
-            view["teacher"] = {key: value for key, value in full["distill"].items() if key.startswith("teacher")}
+            view["teacher"] = _teacher_keys(full)
     elif stage in full:
         view[stage] = full[stage]
-    if (stage == "distill" or method in ("mts", "sts")) and config.distill.teacher_weights:
+    asks_teacher = stage == "dynamics" and config.dynamics.configurational_frames > 0
+    if asks_teacher:
+        view["teacher"] = _teacher_keys(full)
+    if (stage == "distill" or method in ("mts", "sts") or asks_teacher) and config.distill.teacher_weights:
         view["teacher_weights"] = _weights_digest(config.distill.teacher_weights)
     if stage == "report":
         view["config"] = full
     return view
+
+
+def _teacher_keys(full: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in full["distill"].items() if key.startswith("teacher")}
 
 
 def _weights_digest(weights: tuple[str, ...]) -> str:
