@@ -1,4 +1,4 @@
-"""Ligands: GAFF2 parameters as published, whole charges, the complex with a peptide, and clear refusals."""
+"""Ligands: GAFF2 parameters in the right units, whole charges, the complex with a peptide, and clear refusals."""
 
 from __future__ import annotations
 
@@ -76,8 +76,8 @@ def _charges(system) -> np.ndarray:
     return np.array([force.getParticleParameters(index)[0]._value for index in range(force.getNumParticles())])
 
 
-def test_phenol_has_the_parameters_of_gaff2(phenol):
-    """The numbers are those of the published table (gaff2.dat): kcal/mol and Å, k without the factor 2."""
+def test_parameters_of_phenol_arrive_in_the_units_of_openmm(phenol):
+    """Units and factors of two from parmchk2's numbers (kcal/mol and Å, k without the factor 2) to OpenMM's."""
     system = _system(phenol)
     stretch, bend = _force(system, openmm.HarmonicBondForce), _force(system, openmm.HarmonicAngleForce)
     names = [atom.name for atom in phenol.topology.atoms()]
@@ -114,7 +114,7 @@ def test_partial_charges_add_up_to_the_formal_charge(smiles, charge, tmp_path):
 
 
 def test_am1_bcc_charges_of_phenol(tmp_path):
-    """The bond corrections of AM1-BCC (doi:10.1002/jcc.10128) make the hydroxyl group far more polar than Gasteiger's."""
+    """Pinned to what AmberTools 22 prints for this molecule; the control is that Gasteiger charges are far from it."""
     path = _sdf(tmp_path / "phenol.sdf", "Oc1ccccc1")
     charges = {}
     for kind in ("am1-bcc", "gasteiger"):
