@@ -196,6 +196,12 @@ def _add_bench(commands: Any) -> None:  # noqa: ANN401 - argparse keeps its subp
     _add_bench_flow(kinds)
     _add_bench_parity(kinds)
     _add_bench_mts(kinds)
+    text = "cost of the student against the number of atoms, 22 to 5 184, with its exponent"
+    student = kinds.add_parser("student", help=text, description=text)
+    student.set_defaults(command=_bench_student)
+    student.add_argument("--threads", type=int, default=1, help="threads of torch (default: %(default)s)")
+    student.add_argument("--quick", action="store_true", help="two boxes, short windows")
+    student.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
 
 def _add_bench_mts(kinds: Any) -> None:  # noqa: ANN401 - argparse keeps its subparser type private
@@ -581,6 +587,16 @@ def _bench_mts(options: argparse.Namespace) -> None:
     )
     result = bench_mts.mts(molecule, settings)
     print(json.dumps(result, indent=1) if options.json else bench_mts.table(result))
+
+
+def _bench_student(options: argparse.Namespace) -> None:
+    import json
+
+    from longstride.stages import bench_student
+
+    quick: dict[str, Any] = {"edges": (4, 6), "rounds": 2, "window_s": 0.1} if options.quick else {}
+    result = bench_student.student(bench_student.Settings(threads=options.threads, **quick))
+    print(json.dumps(result, indent=1) if options.json else bench_student.table(result))
 
 
 def _bench_flow(options: argparse.Namespace) -> None:

@@ -8,7 +8,7 @@ import torch
 
 from longstride.config import DistillConfig
 from longstride.data.checkpoint import open_state
-from longstride.errors import NumericsError
+from longstride.errors import LongstrideError, NumericsError
 from longstride.potentials.student import StudentMetadata, StudentNetwork
 from longstride.state import State, System
 from longstride.training.distill import (
@@ -97,6 +97,14 @@ def test_plan_spends_what_it_is_given():
         assert abs(plan.total - total) <= plan.chains
         assert plan.reference > 0
         assert plan.steps > 0
+
+
+def test_few_reference_frames_make_longer_chains(trajectories, tmp_path):
+    plan = LabelPlan.of(2000, chains=4).limited(160)
+    assert plan.reference == 160
+    assert abs(plan.total - 2000) <= 2 * plan.chains
+    with open_state(tmp_path, "key") as store, pytest.raises(LongstrideError, match="fewer than 400 reference frames"):
+        label_frames(Springs(), trajectories, plan=LabelPlan.of(2000), kT=KT, seed=1, store=store)
 
 
 def test_labels_are_the_teachers(frames):

@@ -119,7 +119,7 @@ class _Work:
     def distil(self, network: StudentNetwork, teacher: Potential) -> _Result:
         """Fit `network` in place: to the first frames, then to those that its own dynamics adds, round after round."""
         timing = {"label_s": 0.0, "train_s": 0.0}
-        plan = LabelPlan.of(self.section.frames)
+        plan = LabelPlan.of(self.section.frames).limited(sum(len(part) for part in self.trajectories))
         frames = self._label(teacher, plan, folder="labels", timing=timing)
         calls, rows, rounds = plan.total, [], []
         for index in range(self.section.rounds + 1):

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from longstride.dynamics.integrators import MDState, baoab, respa_baoab, start, thermal_velocities
-from longstride.errors import NumericsError
+from longstride.errors import LongstrideError, NumericsError
 from longstride.state import State
 
 if TYPE_CHECKING:
@@ -56,6 +56,11 @@ class LabelPlan:
         dynamics = frames - reference
         chains = max(1, min(chains, dynamics // 4, max(4, dynamics // SHORTEST_CHAIN)))
         return cls(reference=reference, chains=chains, steps=max(1, round((frames - reference) / chains) - 1))
+
+    def limited(self, available: int) -> LabelPlan:
+        """Return the plan with no more reference frames than there are; chains take the others' place."""
+        spare = max(0, self.reference - available)
+        return replace(self, reference=self.reference - spare, steps=self.steps + spare // self.chains)
 
     @property
     def blocks(self) -> tuple[int, int]:
@@ -140,6 +145,8 @@ def label_frames(
     done, arrays = (saved.step, saved.arrays) if saved else (0, {})
     n_reference, n_dynamics = plan.blocks
     reference, origin = _spread(trajectories, plan.reference) if plan.reference else (np.zeros(0), np.zeros(0))
+    if plan.reference > sum(len(frames) for frames in trajectories):
+        raise LongstrideError(f"there are fewer than {plan.reference} reference frames to label; see LabelPlan.limited")
     teacher, cell = _InParts(teacher), None if box is None else torch.from_numpy(box)
     chains = _Chains(teacher, trajectories, plan, kT=kT, seed=seed, box=cell, fast=fast)
     for index in range(done, n_reference + n_dynamics):
