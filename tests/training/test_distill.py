@@ -249,6 +249,15 @@ def test_training_learns_and_continues_bitwise(frames, tmp_path):
         assert torch.equal(value, continued.state_dict()[key]), key
 
 
+def test_weight_along_bonds_trades_for_them(frames, tmp_path):
+    found = {}
+    for weight in (0.0, 20.0):
+        with open_state(tmp_path / str(weight), "key") as store:
+            _, rows = fit(frames, store, section=SECTION.model_copy(update={"bond_weight": weight}))
+        found[weight] = rows[-1]["held_out_bond_relative"] / rows[-1]["held_out_force_relative"]
+    assert found[20.0] < found[0.0]
+
+
 def test_divergence_is_one_line(frames, tmp_path):
     broken = dataclasses.replace(frames, forces=frames.forces * float("inf"))
     with open_state(tmp_path / "state", "key") as store, pytest.raises(NumericsError, match="learning_rate") as error:

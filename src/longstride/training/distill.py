@@ -1,7 +1,8 @@
 """Training of the student on teacher forces: one visible loop, force first, bitwise resumable.
 
-The loss of a batch is mean |F_S - F_L|^2 / <F_L^2> + w var(E_S - E_L) / (sigma_E^2), the second term without any constant,
-since energies of different methods differ by one. After training, one shift per element makes the constants agree.
+The loss of a batch is mean |F_S - F_L|^2 / <F_L^2> + w_b mean (f_S - f_L)^2 / <f_L^2> + w_E var(E_S - E_L) / (sigma_E^2). f is
+the force along a bond (see `along_bonds`), and the last term is without any constant, since energies of different methods differ
+by one. After training, one shift per element makes the constants agree.
 
 In multi-time-step dynamics the slow force is the student's error, and it resonates with a stiff bond once the outer
 step nears half its period. What counts there is not the average force error but its share along stiff coordinates, so
@@ -91,6 +92,8 @@ def train(
     positions, targets = frames.positions, frames.forces.to(student.dtype)
     force_scale = targets.square().mean().sqrt()
     energy_scale = max(float(frames.energies.std()), 1e-6) if len(frames) > 1 else 1.0
+    bonds = torch.from_numpy(np.asarray(student.system.bonds))
+    bond_scale = along_bonds(positions, frames.forces, bonds)[0].square().mean().sqrt() if len(bonds) else None
     while step < steps:
         rate = learning_rate(step, peak=section.learning_rate, steps=steps)
         for group in optimiser.param_groups:
@@ -101,6 +104,9 @@ def train(
         residual = energies - frames.energies[chosen]
         energy_loss = ((residual - residual.mean()) / energy_scale).square().mean()
         loss = force_loss + ENERGY_WEIGHT * energy_loss.to(force_loss.dtype)
+        if section.bond_weight > 0 and bond_scale is not None:
+            wrong, _ = along_bonds(positions[chosen], forces - targets[chosen], bonds)
+            loss = loss + section.bond_weight * (wrong / bond_scale).square().mean().to(loss.dtype)
         optimiser.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(network.parameters(), MAX_GRADIENT)
@@ -200,14 +206,25 @@ def stiff_errors(
         student: likewise.
         bonds: [bond, 2].
     """
-    first, second = bonds[:, 0], bonds[:, 1]
-    apart = positions[:, first] - positions[:, second]
-    length = apart.norm(dim=-1)
-    unit = apart / length[..., None]
-    along = [0.5 * ((f[:, first] - f[:, second]) * unit).sum(dim=-1) for f in (teacher, student - teacher)]
+    (pull, length), (wrong, _) = (along_bonds(positions, f, bonds) for f in (teacher, student - teacher))
+    along = [pull, wrong]
     displacement = length - length.mean(dim=0)
     slopes = [(f * displacement).mean(dim=0) for f in along]
     return float(along[1].square().mean().sqrt() / along[0].square().mean().sqrt()), slopes[1] / slopes[0]
+
+
+def along_bonds(positions: torch.Tensor, forces: torch.Tensor, bonds: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the stretching force (F_i - F_j) . u / 2 of every bond, and its length in nm, both [frame, bond].
+
+    Args:
+        positions: [frame, atom, 3] nm; the atoms of a bond are images next to each other.
+        forces: [frame, atom, 3].
+        bonds: [bond, 2].
+    """
+    first, second = bonds[:, 0], bonds[:, 1]
+    apart = positions[:, first] - positions[:, second]
+    length = apart.norm(dim=-1)
+    return 0.5 * ((forces[:, first] - forces[:, second]) * (apart / length[..., None])).sum(dim=-1), length
 
 
 def fit_shifts(network: StudentNetwork, student: AnyStudent, frames: Labelled) -> None:
