@@ -274,3 +274,95 @@ def training(path: Path, columns: Sequence[tuple[str, np.ndarray, np.ndarray]]) 
             axes.locator_params(axis="both", nbins=5)
         for axes in grid.flat[len(columns) :]:
             axes.set_visible(False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Panel:
+    """One small set of axes.
+
+    Attributes:
+        title: such as the pair of elements.
+        xlabel: axis text with the unit.
+        ylabel: axis text with the unit.
+        series: lines with bands.
+    """
+
+    title: str
+    xlabel: str
+    ylabel: str
+    series: Sequence[Series]
+
+
+def panels(path: Path, shown: Sequence[Panel]) -> None:
+    """Draw panels three abreast, one legend for all of them."""
+    across = min(3, max(len(shown), 1))
+    down = -(-len(shown) // across)
+    with _figure(path, max(3.3 * across, 5.0), 2.6 * down + 0.5) as figure:
+        grid = figure.subplots(down, across, squeeze=False)
+        for axes, panel in zip(grid.flat, shown, strict=False):
+            for one in panel.series:
+                _line(axes, one)
+            axes.set_title(panel.title)
+            axes.set_xlabel(panel.xlabel, fontsize=10)
+            axes.set_ylabel(panel.ylabel, fontsize=10)
+            axes.grid(color="#dddddd", lw=0.6)
+            axes.locator_params(axis="both", nbins=4)
+        for axes in grid.flat[len(shown) :]:
+            axes.set_visible(False)
+        handles, labels = grid[0, 0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside upper center", ncols=2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Deviation:
+    """One dot of the figure of deviations.
+
+    Attributes:
+        row: name of the row, shared by dots of one kind.
+        part: what the dot is of; written beside it where it lies beyond the limit.
+        z: difference in combined standard errors.
+        curve: whether z is of a whole curve, which has no sign.
+    """
+
+    row: str
+    part: str
+    z: float
+    curve: bool
+
+
+def deviations(path: Path, dots: Sequence[Deviation], *, limit: float, cut: float = 8.0) -> None:
+    """Draw differences in combined standard errors, one row per kind; what lies beyond `cut` is drawn at the edge."""
+    rows = list(dict.fromkeys(dot.row for dot in dots))
+    with _figure(path, 7.2, 1.3 + 0.3 * max(len(rows), 1)) as figure:
+        axes = figure.subplots()
+        axes.axvspan(-limit, limit, color="#0072B2", alpha=0.10, lw=0, label=f"within {limit:g} combined standard errors")
+        axes.axvline(0, color="#888888", lw=0.8)
+        for curve, marker, label in ((False, "o", "number"), (True, "D", "curve (no sign)")):
+            kept = [dot for dot in dots if dot.curve == curve]
+            for beyond, colour in ((False, "#0072B2"), (True, "#D55E00")):
+                own = [dot for dot in kept if (abs(dot.z) > limit) == beyond]
+                if not own:
+                    continue
+                x = np.clip([dot.z for dot in own], -cut, cut)
+                y = [rows.index(dot.row) for dot in own]
+                face = "none" if curve else colour
+                text = f"{label}, beyond" if beyond else label
+                axes.plot(x, y, marker, mfc=face, mec=colour, ms=6, mew=1.3, alpha=0.9, ls="", label=text)
+        _name_the_far(axes, [dot for dot in dots if abs(dot.z) > limit], rows, cut=cut)
+        axes.set_yticks(range(len(rows)), rows)
+        axes.set(xlim=(-cut - 5, cut + 5), ylim=(len(rows) - 0.4, -0.6), xlabel="difference in combined standard errors (z)")
+        axes.grid(axis="y", color="#dddddd", lw=0.6)
+        figure.legend(loc="outside upper center", ncols=2)
+
+
+def _name_the_far(axes: Axes, far: Sequence[Deviation], rows: Sequence[str], *, cut: float) -> None:
+    """Write the parts beyond the limit of each row in one text outside its outermost dot, so that none overlap."""
+    for number, row in enumerate(rows):
+        for sign in (-1, 1):
+            own = sorted((dot for dot in far if dot.row == row and dot.z * sign > 0), key=lambda dot: -abs(dot.z))
+            names = [dot.part for dot in own if dot.part]
+            if not names:
+                continue
+            text = ", ".join(names[:2]) + (f" +{len(names) - 2}" if len(names) > 2 else "")
+            x = float(np.clip(own[0].z, -cut, cut)) + sign * 0.3
+            axes.text(x, number, text, va="center", ha="left" if sign > 0 else "right", fontsize=8, color="#8a3c00")

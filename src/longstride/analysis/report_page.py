@@ -191,30 +191,81 @@ def _speed_line(run: Path, system: str, content: dict[str, Any], entry: dict[str
 
 
 def system_section(run: Path, system: str, *, first_figure: int) -> dict[str, Any]:
-    """Return what the page shows of one system: sentences, figures, tables and times."""
+    """Return what the page shows of one system: sentences, figures, tables and times.
+
+    A system without a comparison by torsions, such as a box of water, has its dynamics, training and times.
+    """
     folder = run / "compare" / system
-    content = read_comparison(folder)
-    drawn = [(figure, (folder / figure["file"]).read_text()) for figure in content["figures"]]
+    content = read_comparison(folder) if (folder / "comparison.json").is_file() else None
+    drawn = [(figure, (folder / figure["file"]).read_text()) for figure in content["figures"]] if content else []
     curves = []
     for stage, title in (("flow", "Training of the flow"), ("distill", "Training of the distilled student")):
         made = training_curves(run / stage / system, title=title)
         if made is not None:
             curves.append((made[1], made[0]))
     numbered = [_figure_html(text, figure, first_figure + k) for k, (figure, text) in enumerate([*drawn, *curves])]
-    speeds = [_speed_line(run, system, content, entry) for entry in content["speedups"]]
+    dynamics = dynamics_section(run / "dynamics" / system, first_figure=first_figure + len(numbered))
     return {
         "name": system,
         "anchor": f"system-{system}",
         "content": content,
-        "reference": verdict.reference_sentences(content),
-        "speedups": speeds,
-        "agreement": agreement_table(content),
+        "reference": verdict.reference_sentences(content) if content else [],
+        "speedups": [_speed_line(run, system, content, entry) for entry in content["speedups"]] if content else [],
+        "agreement": agreement_table(content) if content else [],
         "figures": numbered[: len(drawn)],
         "training": numbered[len(drawn) :],
-        "panel": panel_table(content),
-        "temperatures": temperature_table(content),
+        "panel": panel_table(content) if content else {"head": [], "rows": []},
+        "temperatures": temperature_table(content) if content else {"head": [], "rows": [], "notes": []},
+        "dynamics": dynamics,
         "times": wall_times(run, system),
     }
+
+
+def has_results(run: Path, system: str) -> bool:
+    """Whether a comparison or dynamics of a system are there to show."""
+    return (run / "compare" / system / "comparison.json").is_file() or (run / "dynamics" / system / MANIFEST).is_file()
+
+
+def figure_count(section: dict[str, Any]) -> int:
+    """Return how many figures a section has; they are numbered through the page."""
+    dynamics = section["dynamics"]
+    return len(section["figures"]) + len(section["training"]) + (len(dynamics["figures"]) if dynamics else 0)
+
+
+def dynamics_section(folder: Path, *, first_figure: int) -> dict[str, Any] | None:
+    """Return what the page shows of multi-time-step against single-step dynamics, or None where the stage did not run.
+
+    Raises:
+        DataError: dynamics.json is not valid JSON, although the manifest is there.
+    """
+    if not (folder / MANIFEST).is_file():
+        return None
+    path = folder / "dynamics.json"
+    try:
+        content = json.loads(path.read_text())
+        drawn = [(figure, (folder / figure["file"]).read_text()) for figure in content["figures"]]
+    except (OSError, json.JSONDecodeError) as error:
+        raise DataError(f"cannot read {path} ({error}); run the dynamics stage of that system again") from error
+    return {
+        "content": content,
+        "verdict": verdict.dynamics_sentence(content),
+        "gain": verdict.gain_sentence(content),
+        "conditions": verdict.conditions_sentence(content),
+        "rows": [_dynamics_row(row) for row in content["rows"]],
+        "figures": [_figure_html(text, figure, first_figure + k) for k, (figure, text) in enumerate(drawn)],
+    }
+
+
+def _dynamics_row(row: dict[str, Any]) -> dict[str, Any]:
+    """Return the cells of one observable: text, sorting key, whether a number."""
+    numbers = [row["candidate"], row["baseline"], row["difference"], row["combined_se"], row["z"]]
+    cells = [{"text": row["observable"], "key": row["observable"], "numeric": ""}]
+    cells.append({"text": row["part"] or "–", "key": row["part"], "numeric": ""})
+    for value, digits in zip(numbers, (6, 6, 3, 2, 2), strict=True):
+        text = "–" if value is None else verdict.number(value, digits)
+        cells.append({"text": text, "key": "" if value is None else f"{value!r}", "numeric": "yes"})
+    cells.append({"text": row["unit"] or "–", "key": row["unit"], "numeric": ""})
+    return {"cells": cells, "verdict": row["verdict"], "note": row["note"], "mark": verdict.DYNAMICS_MARKS[row["verdict"]]}
 
 
 def agreement_table(content: dict[str, Any]) -> list[dict[str, Any]]:

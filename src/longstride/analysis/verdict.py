@@ -21,6 +21,15 @@ METHOD_NOTES = {
 }
 
 
+DYNAMICS_MARKS = {  # class of the tag of each verdict of `mts_comparison`
+    "same": "exact",
+    "differs": "biased",
+    "not resolved": "unadjusted",
+    "too few seeds": "absent",
+    "not available": "absent",
+}
+
+
 def number(value: float | None, digits: int = 3) -> str:
     """Return a number for people, or a dash."""
     if value is None:
@@ -185,3 +194,37 @@ def agreement_row(entry: dict[str, Any], primary: str | None) -> list[dict[str, 
     small = f"{noise}{energy['statement']}" if energy["ks"] is not None else ("" if own else energy["statement"])
     cells.append({"text": number(energy["ks"], 2), "small": small})
     return cells
+
+
+def dynamics_sentence(content: dict[str, Any]) -> str:
+    """Return how many observables multi-time-step dynamics changes, and which, from dynamics.json."""
+    beyond = [row for row in content["rows"] if row["z"] is not None and abs(row["z"]) > 2]
+    beyond.sort(key=lambda row: -abs(row["z"]))
+    names = [f"{row['observable']} {row['part']}".strip() + f" (z {row['z']:.1f})" for row in beyond[:6]]
+    more = f" and {len(beyond) - len(names)} more" if len(beyond) > len(names) else ""
+    which = f" Beyond: {', '.join(names)}{more}." if names else ""
+    return f"{content['candidate']} against {content['baseline']}: {content['statement']}.{which}"
+
+
+def gain_sentence(content: dict[str, Any]) -> str:
+    """Return the gain in simulated time per second, with its error, from dynamics.json."""
+    cost = content["cost"]
+    ours, theirs = cost["mts"], cost["sts"]
+    spread = "" if cost["gain_se"] is None else f" ± {number(cost['gain_se'], 2)}"
+    note = f" {cost['note'].capitalize()}." if cost["note"] else ""
+    return (
+        f"{content['candidate']} simulates {number(ours['ps_per_s'])} ps per second and {content['baseline']}"
+        f" {number(theirs['ps_per_s'])}: a gain of {number(cost['gain'])}{spread} ×, labels and training not counted.{note}"
+    )
+
+
+def conditions_sentence(content: dict[str, Any]) -> str:
+    """Return what both methods have in common, from dynamics.json."""
+    shared, cost = content["conditions"], content["cost"]
+    mass = shared["hydrogen_mass_Da"]
+    parts = [
+        f"target {content['target']}", f"{number(content['temperature_K'], 4)} K", f"friction {shared['friction_per_ps']:g}/ps",
+        *([f"hydrogens of {mass:.4g} Da"] if mass is not None else []), f"{shared['atoms']} atoms",
+    ]  # fmt: skip
+    lengths = f"{number(cost['mts']['simulated_ps'])} ps with {content['candidate']}, {number(cost['sts']['simulated_ps'])} ps"
+    return f"Both: {', '.join(parts)}. All replicas and seeds together: {lengths} with {content['baseline']}."

@@ -22,6 +22,7 @@ from longstride.provenance import provenance
 from longstride.seeds import job_seed
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
     from longstride.analysis.samples import Molecule
@@ -153,21 +154,30 @@ def summary_rows(content: dict[str, Any]) -> list[dict[str, Any]]:
     return rows
 
 
-def summarise(comparison_files: list[Path], out_csv: Path) -> None:
+def summarise(comparison_files: list[Path], out_csv: Path, *, dynamics_files: Sequence[Path] = ()) -> None:
     """Write summary.csv: one row per (system, method, seed), systems in alphabetical order.
 
     Only columns whose name ends in `_s` depend on the speed of the machine.
 
+    Args:
+        comparison_files: comparison.json of systems.
+        out_csv: the file to write.
+        dynamics_files: dynamics.json of systems; they fill in for systems without a comparison, such as those in a box.
+
     Raises:
         DataError: a comparison is missing or not valid JSON.
     """
-    contents = []
-    for path in comparison_files:
-        try:
-            contents.append(json.loads(path.read_text()))
-        except (OSError, json.JSONDecodeError) as error:
-            raise DataError(f"cannot read {path} ({error}); run the compare stage of that system again") from error
-    contents.sort(key=lambda content: content["system"])
-    rows = [row for content in contents for row in summary_rows(content)]
+    contents = sorted((_read(path, "compare") for path in comparison_files), key=lambda content: content["system"])
+    compared = {content["system"]: summary_rows(content) for content in contents}
+    others = [_read(path, "dynamics") for path in dynamics_files]
+    compared |= {content["system"]: content["methods"] for content in others if content["system"] not in compared}
+    rows = [row for system in sorted(compared) for row in compared[system]]
     tables.write_csv(out_csv, tables.SUMMARY_COLUMNS, rows)
     print(f"summary: {len(rows)} rows in {out_csv}")
+
+
+def _read(path: Path, stage: str) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise DataError(f"cannot read {path} ({error}); run the {stage} stage of that system again") from error

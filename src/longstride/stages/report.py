@@ -22,24 +22,25 @@ def run(config: Config, *, run_folder: Path, out: Path) -> None:
 
     Args:
         config: the resolved configuration of the run.
-        run_folder: results/<run>, with summary.csv and compare/<system>/.
+        run_folder: results/<run>, with summary.csv, compare/<system>/ and dynamics/<system>/.
         out: the HTML file.
 
     Raises:
-        DataError: summary.csv is missing, or no system has a comparison.
+        DataError: summary.csv is missing, or no system has a comparison or dynamics.
     """
     table = report_page.summary_table(run_folder / "summary.csv")
     sections: list[dict[str, Any]] = []
     missing = []
     for system in config.systems:
-        if not (run_folder / "compare" / system.name / "comparison.json").is_file():
+        if not report_page.has_results(run_folder, system.name):
             missing.append(system.name)
             continue
-        count = sum(len(one["figures"]) + len(one["training"]) for one in sections)
+        count = sum(report_page.figure_count(one) for one in sections)
         sections.append(report_page.system_section(run_folder, system.name, first_figure=count + 1))
     if not sections:
         raise DataError(f"{run_folder} holds no finished comparison; run the compare stage first")
-    origin = sections[0]["content"].get("provenance") or provenance()
+    first = sections[0]["content"] or sections[0]["dynamics"]["content"]
+    origin = first.get("provenance") or provenance()
     context = {
         "run": config.run.name,
         "seed": config.run.seed,

@@ -1,7 +1,7 @@
 """Training of the student on teacher forces: one visible loop, force first, bitwise resumable.
 
 The loss of a batch is mean |F_S - F_L|^2 / <F_L^2> + w_b mean (f_S - f_L)^2 / <f_L^2> + w_E var(E_S - E_L) / (sigma_E^2). f is
-the force along a bond (see `along_bonds`), and the last term is without any constant, since energies of different methods differ
+the force along a bond (see `along_bonds`); the last term is without any constant, since energies of different methods differ
 by one. After training, one shift per element makes the constants agree.
 
 In multi-time-step dynamics the slow force is the student's error, and it resonates with a stiff bond once the outer
