@@ -210,7 +210,7 @@ def gain_sentence(content: dict[str, Any]) -> str:
     """Return the gain in simulated time per second, with its error, from dynamics.json."""
     cost = content["cost"]
     ours, theirs = cost["mts"], cost["sts"]
-    spread = "" if cost["gain_se"] is None else f" ± {number(cost['gain_se'], 2)}"
+    spread = "" if cost["gain_se"] is None else f" ± {cost['gain_se']:.2f}"
     note = f" {cost['note'].capitalize()}." if cost["note"] else ""
     return (
         f"{content['candidate']} simulates {number(ours['ps_per_s'])} ps per second and {content['baseline']}"
