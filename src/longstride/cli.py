@@ -73,8 +73,11 @@ def build_parser() -> argparse.ArgumentParser:
     _folders(compare, "prepared", "reference", "out")
     compare.add_argument("--free-energy", type=Path, metavar="DIR", help="folder of the free-energy stage, where there is one")
     compare.add_argument("--samples", nargs="+", required=True, type=Path, metavar="DIR", help="folders of the sample stage")
+    _add_dynamics(commands)
     summary = _command(commands, "summary", _summary, "comparisons -> summary.csv", None)
-    summary.add_argument("--compare", nargs="+", required=True, type=Path, metavar="DIR", help="folders of the compare stage")
+    summary.add_argument("--compare", nargs="*", default=[], type=Path, metavar="DIR", help="folders of the compare stage")
+    rest = "folders of the dynamics stage; they fill in for systems without a comparison"
+    summary.add_argument("--dynamics", nargs="*", default=[], type=Path, metavar="DIR", help=rest)
     summary.add_argument("--out", required=True, type=Path, metavar="FILE", help="the CSV file to write")
     report = _command(commands, "report", _report, "run folder -> one self-contained HTML file", None)
     report.add_argument("--run-folder", required=True, type=Path, metavar="DIR", help="results/<run>")
@@ -147,6 +150,16 @@ def _add_transfer(commands: Any) -> None:  # noqa: ANN401 - argparse keeps its s
     transfer.add_argument(
         "--start", type=Path, metavar="DIR", help="flow whose weights training starts from (default: random weights)"
     )
+
+
+def _add_dynamics(commands: Any) -> None:  # noqa: ANN401 - argparse keeps its subparser type private
+    text = "multi-time-step against single-step samples of one system: what changed, what the student gains"
+    dynamics = _command(commands, "dynamics", _dynamics, text, cfg.DynamicsConfig)
+    _folders(dynamics, "prepared", "out", "state")
+    for method in ("mts", "sts"):
+        dynamics.add_argument(
+            f"--{method}", nargs="+", required=True, type=Path, metavar="DIR", help=f"sample folders of method {method}"
+        )
 
 
 def _add_sample(commands: Any) -> None:  # noqa: ANN401 - argparse keeps its subparser type private
@@ -326,7 +339,7 @@ def _state(options: argparse.Namespace) -> Path:
     return options.state or options.out / ".state"
 
 
-def _folders_of(options: argparse.Namespace, *inputs: str) -> dict[str, Path]:
+def _folders_of(options: argparse.Namespace, *inputs: str) -> dict[str, Any]:
     """Return the folders a stage function takes: its inputs by name, `out` and `state`."""
     return {**{name: getattr(options, name) for name in inputs}, "out": options.out, "state": _state(options)}
 
@@ -510,10 +523,25 @@ def _compare(options: argparse.Namespace) -> None:
     )
 
 
+def _dynamics(options: argparse.Namespace) -> None:
+    from longstride.potentials.teachers import TeacherSpec
+    from longstride.stages import dynamics
+
+    config = _load(options, "dynamics")
+    dynamics.run(
+        config.dynamics,
+        **_folders_of(options, "prepared", "mts", "sts"),
+        seed=_seed(config, "dynamics", _system_name(options, config)),
+        threads=options.threads,
+        teacher=TeacherSpec.of(config.distill),
+    )
+
+
 def _summary(options: argparse.Namespace) -> None:
     from longstride.stages import compare
 
-    compare.summarise([folder / "comparison.json" for folder in options.compare], options.out)
+    comparisons = [folder / "comparison.json" for folder in options.compare]
+    compare.summarise(comparisons, options.out, dynamics_files=[folder / "dynamics.json" for folder in options.dynamics])
 
 
 def _report(options: argparse.Namespace) -> None:

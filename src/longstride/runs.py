@@ -59,6 +59,29 @@ class Run:
         """The configuration that every job of this run reads."""
         return self.folder / "config.yaml"
 
+    @property
+    def compared(self) -> list[str]:
+        """Systems that stage `compare` takes: lone molecules, since it works on torsions and the AMBER-type reference."""
+        return [system.name for system in self.config.systems if not system.periodic]
+
+    @property
+    def paired(self) -> list[str]:
+        """Systems that stage `dynamics` takes: those sampled by both mts and sts."""
+        systems = [system.name for system in self.config.systems] if self.config.dynamics.enabled else []
+        return [name for name in systems if {"mts", "sts"} <= set(self.config.methods_of(name))]
+
+    @property
+    def samples_aside(self) -> list[str]:
+        """Manifests of samples that no comparison takes, so that a run makes them all the same."""
+        compared, paired = set(self.compared), set(self.paired)
+        return [
+            str(self.folder / "sample" / system.name / method / f"seed{seed}" / "manifest.json")
+            for system in self.config.systems
+            if system.name not in compared | paired
+            for method in self.config.methods_of(system.name)
+            for seed in range(self.config.sample.seeds)
+        ]
+
     def state(self, *parts: str) -> str:
         """Return the state folder of a job: beside the outputs, never one of them (workflow engines delete those)."""
         return str(self.folder.joinpath(".state", *parts))
@@ -129,6 +152,11 @@ class Session:
             f"Longstride {__version__}, run '{config.run.name}': {jobs} jobs",
             f"  systems  {', '.join(system.name for system in config.systems)}",
             f"  methods  {', '.join(config.sample.methods)} ({repeats})",
+            *[
+                f"  in a box {system.name}: only {', '.join(config.methods_of(system.name))}"
+                for system in config.systems
+                if config.methods_of(system.name) != config.sample.methods
+            ],
             f"  results  {self._run.folder}/  (config.yaml: the frozen configuration, logs/: one file per job)",
         )
         self._follower.start()

@@ -48,7 +48,9 @@ rule compare:
 
 rule summary:
     input:
-        comparisons=expand("<run>/compare/{system}", system=SYSTEMS),
+        comparisons=expand("<run>/compare/{system}", system=RUN.compared),
+        dynamics=expand("<run>/dynamics/{system}", system=RUN.paired),
+        aside=RUN.samples_aside,
     output:
         table=report(
             "<run>/summary.csv",
@@ -73,4 +75,4 @@ rule summary:
         "summary: one table of all systems and methods"
     shell:
         "exec longstride summary --config {params.config:q} --compare {input.comparisons:q}"
-        " --out {output.table:q} > {log:q} 2>&1"
+        " --dynamics {input.dynamics:q} --out {output.table:q} > {log:q} 2>&1"

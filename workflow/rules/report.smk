@@ -1,7 +1,8 @@
 rule report:
     input:
         summary="<run>/summary.csv",
-        comparisons=expand("<run>/compare/{system}", system=SYSTEMS),
+        comparisons=expand("<run>/compare/{system}", system=RUN.compared),
+        dynamics=expand("<run>/dynamics/{system}", system=RUN.paired),
     output:
         page=report(
             "<run>/report.html",
