@@ -52,7 +52,7 @@ def _finished(folder: Path) -> dict[Path, tuple[int, int]]:
     )
     found = {}
     for path in (folder / RUN).rglob("manifest.json"):
-        output = path.parent if "compare" in path.parts else path
+        output = path.parent if {"compare", "dynamics"} & set(path.parts) else path
         if str(output.relative_to(folder)) not in incomplete:
             status = path.stat()
             found[path] = (status.st_ino, status.st_mtime_ns)

@@ -16,7 +16,7 @@ from longstride import runs
 from longstride.config import Config, load_config, validate
 from longstride.errors import ConfigError, LongstrideError
 
-STAGES = ("prepare", "reference", "shard", "flow", "distill", "compare", "report")
+STAGES = ("prepare", "reference", "shard", "flow", "distill", "compare", "dynamics", "report")
 METHODS = ("md", "tuned-md", "timewarp", "explore", "mts", "sts")
 
 
@@ -47,6 +47,7 @@ def _keys(values: dict) -> dict[str, str]:
         ({"sample": {"timewarp": {"chains": 8}}}, {"timewarp"}),
         ({"sample": {"seeds": 4}}, set()),
         ({"compare": {"bins": 12}}, {"compare"}),
+        ({"dynamics": {"pair_bins": 50}}, {"dynamics"}),
         ({"physics": {"temperature_K": 300.0}}, {"prepare", "reference", "distill", "compare", *METHODS}),
         ({"run": {"seed": 1}}, {*STAGES, *METHODS} - {"prepare", "shard"}),
     ],
@@ -162,6 +163,16 @@ def test_banner_and_closing_line_name_what_runs_and_where_it_goes(tmp_path):
     for part in ("run 'r': 7 jobs", "alanine-dipeptide", "md, timewarp (3 seeds each)", f"{tmp_path}/r/", "report.html"):
         assert part in text
     assert "summary.csv" not in text  # it was not made
+
+
+def test_banner_says_which_methods_a_box_leaves_out(tmp_path):
+    stream = io.StringIO()
+    systems = [{"name": "ala", "sequence": "ACE-ALA-NME"}, {"name": "box", "water": 216}]
+    session = runs.Session(runs.open_run({"run": {"folder": str(tmp_path)}, "systems": systems}, in_job=False), stream=stream)
+    session.start(jobs=1)
+    session.finish()
+    assert "in a box box: only mts, sts" in stream.getvalue()
+    assert "ala: only" not in stream.getvalue()
 
 
 def test_follower_repeats_progress_thinned_out_and_keeps_errors_for_the_end(tmp_path):

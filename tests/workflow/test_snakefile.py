@@ -48,6 +48,9 @@ for name, folder, arguments in json.load(sys.stdin):
     os._exit(0)
 """
 OWN_CONFIGS = {
+    "boxes": "run: {name: boxes}\nsystems: [{name: ala, sequence: ACE-ALA-NME}, {name: box, water: 216}]\n"
+    "sample: {methods: [md, mts, sts], seeds: 2}\nfree_energy: {enabled: false}\n",
+    "no-pair": "run: {name: no-pair}\nsystems: [{name: box, water: 216}]\nsample: {methods: [sts], seeds: 2}\n",
     "md-only": "run: {name: md-only}\nsample: {methods: [md, tuned-md], seeds: 1}\n",
     "bad": "flow: {hiden: 3}\n",
     "lags": "run: {name: lags}\nsystems: [{name: AV, sequence: AV}]\nsample: {methods: [md, timewarp]}\n"
@@ -103,8 +106,12 @@ def test_dry_run_plans_every_stage_without_importing_the_science_or_writing(conf
     if not {"timewarp", "explore"} & {*sample.methods}:  # systems in a box have no flow
         assert all(f"{stage}: " not in text for stage in flow)
         flow = ()
-    for stage in ("prepare", "reference", *flow, *needed, "compare", "report"):
+    for stage in ("prepare", "reference", *flow, *needed, "report"):
         assert f"{stage}: " in text
+    for system in loaded.systems:  # torsions and the AMBER-type reference are not for boxes
+        assert text.count(f"compare: free energies, kinetics and speed of {system.name}\n") == (not system.periodic)
+        paired = {"mts", "sts"} <= set(sample.methods)
+        assert text.count(f"dynamics: multi-time-step against single-step dynamics of {system.name}\n") == paired
     for system in loaded.systems:
         for method in sample.methods:
             assert text.count(f"sample: {method} of {system.name},") == sample.seeds
@@ -114,10 +121,31 @@ def test_dry_run_plans_every_stage_without_importing_the_science_or_writing(conf
 
 def test_every_command_of_the_rules_is_one_the_command_line_accepts(cases):
     found = re.findall(r"exec (longstride .*?) > ", cases["dry-smoke"][1])
-    assert len(found) == 13
+    assert len(found) == 14
     for text in found:
         options = build_parser().parse_args(shlex.split(text)[1:])
         assert options.config == Path("results/smoke/config.yaml")
+
+
+def test_a_lone_molecule_and_a_box_in_one_run_get_what_fits_each(cases):
+    text = cases["boxes"][1]
+    assert "status 0" in text, text
+    for name, methods in (("ala", ("md", "mts", "sts")), ("box", ("mts", "sts"))):
+        assert text.count(f" of {name}, seed ") == 2 * len(methods)
+        assert all(text.count(f"sample: {method} of {name}, seed ") == 2 for method in methods)
+    commands = {text.split()[1]: shlex.split(text)[1:] for text in re.findall(r"exec (longstride .*?) > ", text)}
+    summary = build_parser().parse_args(commands["summary"])
+    assert summary.compare == [Path("results/boxes/compare/ala")]
+    assert summary.dynamics == [Path("results/boxes/dynamics/ala"), Path("results/boxes/dynamics/box")]
+    dynamics = build_parser().parse_args(commands["dynamics"])
+    assert [len(dynamics.mts), len(dynamics.sts)] == [2, 2]
+
+
+def test_samples_that_nothing_compares_are_made_all_the_same(cases):
+    text = cases["no-pair"][1]
+    assert "status 0" in text, text
+    assert text.count("sample: sts of box, seed ") == 2
+    assert not re.search(r"dynamics: |compare: |distill: ", text)
 
 
 def test_lags_of_the_transferable_flow_need_the_dynamics_of_its_peptides(cases):
@@ -214,7 +242,7 @@ def test_slurm_profile_does_not_depend_on_an_accounting_database():
 def test_rules_are_uniform():
     rules = "\n".join(path.read_text() for path in sorted((ROOT / "workflow" / "rules").glob("*.smk")))
     blocks = re.split(r"^rule ", rules, flags=re.MULTILINE)[1:]
-    assert len(blocks) == 14
+    assert len(blocks) == 15
     for block in blocks:
         for part in ("output:", "log:", "benchmark:", "conda:", "threads:", "mem_mb=", "runtime=", "params:", "message:"):
             assert part in block, (block.splitlines()[0], part)
