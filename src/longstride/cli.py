@@ -82,6 +82,7 @@ def build_parser() -> argparse.ArgumentParser:
     report = _command(commands, "report", _report, "run folder -> one self-contained HTML file", None)
     report.add_argument("--run-folder", required=True, type=Path, metavar="DIR", help="results/<run>")
     report.add_argument("--out", required=True, type=Path, metavar="FILE", help="the HTML file to write")
+    _add_resonance(commands)
     _add_bench(commands)
     _add_import(commands)
     return parser
@@ -160,6 +161,28 @@ def _add_dynamics(commands: Any) -> None:  # noqa: ANN401 - argparse keeps its s
         dynamics.add_argument(
             f"--{method}", nargs="+", required=True, type=Path, metavar="DIR", help=f"sample folders of method {method}"
         )
+
+
+def _add_resonance(commands: Any) -> None:  # noqa: ANN401 - argparse keeps its subparser type private
+    text = "short multi-time-step runs at longer and longer outer steps until one blows up, beside T/2 and T/3 of stiff modes"
+    scan = _command(commands, "resonance-scan", _resonance, text, None)
+    _folders(scan, "prepared", "reference", "out", "state")
+    scan.add_argument("--distill", required=True, type=Path, metavar="DIR", help="folder of the distill stage")
+    steps = "outer steps in femtoseconds (default: 2 3 4 5 6 7 8)"
+    scan.add_argument("--outer-fs", nargs="+", type=float, default=[2, 3, 4, 5, 6, 7, 8], metavar="FS", help=steps)
+    numbers = {
+        "inner-fs": (float, 1.0, "inner step in femtoseconds, of which every outer step is a multiple"),
+        "hydrogen-mass-Da": (float, None, "mass of hydrogens, taken from their parents (default: 1.008)"),
+        "friction-per-ps": (float, 1.0, "Langevin friction"),
+        "replicas": (int, 4, "advanced together"),
+        "steps": (int, 400, "outer steps of every run"),
+        "settle-ps": (float, 0.2, "equilibration with the teacher alone, once"),
+    }
+    for name, (kind, default, meaning) in numbers.items():
+        shown = meaning if default is None else f"{meaning} (default: %(default)s)"
+        scan.add_argument(f"--{name}", type=kind, default=default, metavar="X", help=shown)
+    whose = "whose Hessian gives the stiff modes (auto: the teacher's up to 100 atoms)"
+    scan.add_argument("--modes", choices=("auto", "teacher", "student"), default="auto", help=whose)
 
 
 def _add_sample(commands: Any) -> None:  # noqa: ANN401 - argparse keeps its subparser type private
@@ -535,6 +558,31 @@ def _dynamics(options: argparse.Namespace) -> None:
         threads=options.threads,
         teacher=TeacherSpec.of(config.distill),
     )
+
+
+def _resonance(options: argparse.Namespace) -> None:
+    from dataclasses import asdict
+
+    from longstride.potentials.teachers import TeacherSpec
+    from longstride.stages import resonance
+
+    config = _load(options)
+    settings = resonance.Settings(
+        outer_fs=tuple(float(value) for value in options.outer_fs),
+        inner_fs=options.inner_fs,
+        hydrogen_mass_Da=options.hydrogen_mass_Da,
+        friction_per_ps=options.friction_per_ps,
+        replicas=options.replicas,
+        steps=options.steps,
+        settle_ps=options.settle_ps,
+        modes=options.modes,
+    )
+    job = {**_folders_of(options, "prepared", "distill", "reference"), "threads": options.threads}
+    job |= {"seed": _seed(config, "resonance", _system_name(options, config)), "teacher": TeacherSpec.of(config.distill)}
+    view = {**cfg.stage_view(config, "resonance"), "teacher": asdict(job["teacher"]), "scan": asdict(settings)}
+    inputs = [options.prepared, options.distill, options.reference]
+    view["seed"] = job["seed"]
+    _once(options, module="resonance", view=view, inputs=inputs, make=partial(resonance.run, settings, **job))
 
 
 def _summary(options: argparse.Namespace) -> None:
