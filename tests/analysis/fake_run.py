@@ -174,7 +174,7 @@ def write_reference(folder, builder, sizes, generator):
     write_manifest(folder, kind="reference", files=files, content=content)
 
 
-def write_samples(folder, builder, *, method, angles, energy, generator, target=None, counts=None, seconds=5.0):
+def write_samples(folder, builder, *, method, angles, energy, generator, target=None, counts=None, seconds=5.0, seed=123):
     """Write one sample folder; dynamics also get velocities."""
     dynamics = method not in ("timewarp", "explore")
     arrays = {"positions": builder.positions(generator, angles), "potential_energy": energy}
@@ -189,10 +189,13 @@ def write_samples(folder, builder, *, method, angles, energy, generator, target=
     invariance = {"timewarp": "exact", "explore": "biased"}.get(method, "unadjusted")
     content = {
         "system": "fake", "method": method, "target": target or builder.prepared.target, "invariance": invariance,
-        "physical_time": dynamics, "save_every": 0.2 if dynamics else 10, "seed": 123, "temperature_K": TEMPERATURE,
+        "physical_time": dynamics, "save_every": 0.2 if dynamics else 10, "seed": seed, "temperature_K": TEMPERATURE,
         "system_hash": builder.prepared.system_hash, "counts": counts or {"energy_calls": int(energy.size * 10)},
         "acceptance": acceptance, "timing": {"sampling_s": seconds, "burn_in_s": 0.5, "threads": 1}, "provenance": {},
     }  # fmt: skip
+    if method in ("mts", "sts"):
+        content |= {"masses_Da": masses.tolist(), "friction_per_ps": 1.0, "timestep_fs": 4.0 if method == "mts" else 1.0}
+        content["counts"]["student_calls"] = 0
     write_manifest(folder, kind="samples", files=["samples.safetensors"], content=content)
 
 
@@ -216,7 +219,7 @@ def _write_method(folder, builder, method, sizes, generator):
     counts = {"energy_calls": 0, "force_calls": int(energy.size * (50 if method != "mts" else 25))}
     write_samples(
         folder, builder, method=method, angles=angles, energy=energy, generator=generator, target=target, counts=counts,
-        seconds=seconds,
+        seconds=seconds, seed=int(generator.integers(2**31)),
     )  # fmt: skip
 
 

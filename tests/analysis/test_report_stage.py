@@ -1,4 +1,5 @@
 import json
+import math
 import re
 import shutil
 from html.parser import HTMLParser
@@ -7,9 +8,10 @@ import pytest
 
 from longstride.analysis.svg_inline import inline
 from longstride.analysis.verdict import break_even, number, with_interval
-from longstride.config import Config, SystemConfig
+from longstride.config import Config, DynamicsConfig, SystemConfig
 from longstride.errors import DataError
-from longstride.stages import compare, report
+from longstride.potentials.teachers import TeacherSpec
+from longstride.stages import compare, dynamics, report
 
 CONFIG = Config(systems=(SystemConfig(name="fake", sequence="ACE-ALA-NME"), SystemConfig(name="other", sequence="AA")))
 
@@ -23,6 +25,11 @@ def page(run_folder, compared, tmp_path_factory):
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(manifest, target)
     shutil.copytree(compared, root / "compare/fake")
+    sides = {method: sorted((run_folder / "sample/fake" / method).glob("seed*")) for method in ("mts", "sts")}
+    dynamics.run(
+        DynamicsConfig(permutations=99), prepared=run_folder / "prepare/fake", **sides, out=root / "dynamics/fake",
+        state=root / ".state/dynamics", seed=1, threads=1, teacher=TeacherSpec(kind="gfn2-xtb"),
+    )  # fmt: skip
     (root / "flow/fake").mkdir(parents=True)
     rows = "\n".join(f"{k},{k / 10},{2.0 / (k + 1)},{k / 100}" for k in range(0, 50, 10))
     (root / "flow/fake/metrics.csv").write_text("step,wall_s,train_nll,acceptance_<b>\n" + rows + "\n")
@@ -90,6 +97,20 @@ def test_the_page_says_what_matters(page):
     assert "acceptance &lt;b&gt;" in page, "names from files are escaped"
     assert "hydrogen_mass_Da" in page, "the resolved configuration is shown"
     assert "numpy 2." in page
+
+
+def test_the_page_shows_dynamics_beside_the_comparison(page):
+    section = page[page.index("Multi-time-step dynamics") : page.index("Configuration and origin</h2>")]
+    assert section.count("<figure>") >= 7
+    assert "a gain of 2.5" in section  # 8 s against 20 s for frames of the same length
+    table = section[section.index("Table of every observable") : section.index("</details>")]
+    rows = re.findall(r"<tr>(.*?)</tr>", table, flags=re.DOTALL)[1:]
+    assert len(rows) > 60
+    for row in rows:
+        keys = re.findall(r'data-key="([^"]*)"', row)
+        assert len(keys) == 9
+        assert all(key == "" or math.isfinite(float(key)) for key in keys[2:7])  # numbers are sorted as numbers
+    assert 'class="tag absent">too few seeds' in table  # two seeds give no verdict
 
 
 def test_missing_inputs_are_one_line(tmp_path, compared):

@@ -11,6 +11,7 @@ import pytest
 import torch
 from made_samples import STIFFNESS, TEMPERATURE_K, write_dynamics, write_sides
 
+from longstride.analysis.mts_comparison import DynamicsComparison
 from longstride.config import Config, DynamicsConfig, SystemConfig, stage_view, validate
 from longstride.data.manifest import read_manifest
 from longstride.errors import ConfigError, DataError, LongstrideError
@@ -98,6 +99,8 @@ def test_gain_is_the_ratio_of_simulated_time_per_second(equal, alanine, alanine_
     assert found["sts"]["ps_per_s"] == pytest.approx(8 * 3 * 0.02 / 0.4)
     assert found["gain"] == pytest.approx(1.0)
     assert found["gain_se"] is None  # one seed has no spread
+    assert "seeds of mts differ in speed by a factor of 3" in found["note"]
+    assert cost["note"] == ""
 
 
 @pytest.mark.parametrize(
@@ -159,6 +162,8 @@ def springs(monkeypatch):
     monkeypatch.setattr(Springs, "dies_at", None)
     monkeypatch.setattr(dynamics, "open_teacher", Springs)
     monkeypatch.setattr(TeacherSpec, "label_for", lambda self, molecule: "springs")
+    others = DynamicsComparison(candidate="mts 4 fs", baseline="sts 1 fs", rows=(dynamics.NOT_ASKED,))
+    monkeypatch.setattr(dynamics, "compare_dynamics", lambda *_, **__: others)  # tested above
     return Springs
 
 

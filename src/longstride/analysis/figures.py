@@ -364,5 +364,5 @@ def _name_the_far(axes: Axes, far: Sequence[Deviation], rows: Sequence[str], *, 
             if not names:
                 continue
             text = ", ".join(names[:2]) + (f" +{len(names) - 2}" if len(names) > 2 else "")
-            x = float(np.clip(own[0].z, -cut, cut)) + sign * 0.3
+            x = float(np.clip(own[0].z, -cut, cut)) + sign * 0.6
             axes.text(x, number, text, va="center", ha="left" if sign > 0 else "right", fontsize=8, color="#8a3c00")

@@ -211,7 +211,7 @@ def gain_sentence(content: dict[str, Any]) -> str:
     cost = content["cost"]
     ours, theirs = cost["mts"], cost["sts"]
     spread = "" if cost["gain_se"] is None else f" ± {cost['gain_se']:.2f}"
-    note = f" {cost['note'].capitalize()}." if cost["note"] else ""
+    note = f" {cost['note'][0].upper()}{cost['note'][1:]}." if cost["note"] else ""
     return (
         f"{content['candidate']} simulates {number(ours['ps_per_s'])} ps per second and {content['baseline']}"
         f" {number(theirs['ps_per_s'])}: a gain of {number(cost['gain'])}{spread} ×, labels and training not counted.{note}"

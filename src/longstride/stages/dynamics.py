@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from longstride.systems import Prepared
 
 MAX_WAVENUMBER_PER_CM = 4500.0
+UNEVEN = 1.5  # ratio of speeds of two seeds of one method, from which on the gain is remarked upon
 TABLES = ("dynamics.csv", "curves.csv")
 NOT_ASKED = ComparisonRow(
     observable="configurational temperature",
@@ -263,9 +264,23 @@ def cost_of(mts: Sequence[_Samples], sts: Sequence[_Samples]) -> dict[str, Any]:
         relative += (rates.std(ddof=1) / rates.mean()) ** 2 / len(rates) if len(rates) > 1 else math.nan
     found["gain"] = found["mts"]["ps_per_s"] / found["sts"]["ps_per_s"]
     found["gain_se"] = None if math.isnan(relative) else found["gain"] * math.sqrt(relative)
-    same = found["mts"]["threads"] == found["sts"]["threads"]
-    found["note"] = "" if same else "the methods ran on other numbers of cores; repeat them with as many each"
+    found["note"] = _fairness(found)
     return found
+
+
+def _fairness(cost: dict[str, Any]) -> str:
+    """Return what speaks against the gain: other numbers of cores, or seeds of one method at very different speeds."""
+    notes = []
+    if cost["mts"]["threads"] != cost["sts"]["threads"]:
+        notes.append("the methods ran on other numbers of cores; repeat them with as many each")
+    for method in ("mts", "sts"):
+        rates = cost[method]["ps_per_s_of_seeds"]
+        if max(rates) > UNEVEN * min(rates):
+            notes.append(
+                f"seeds of {method} differ in speed by a factor of {max(rates) / min(rates):.3g} (short runs, compilation, other"
+                " work on the machine), so that the gain means little"
+            )
+    return "; ".join(notes)
 
 
 def _json(value: Any) -> Any:  # noqa: ANN401 - what a table holds
