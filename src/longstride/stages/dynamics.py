@@ -275,10 +275,11 @@ def _fairness(cost: dict[str, Any]) -> str:
         notes.append("the methods ran on other numbers of cores; repeat them with as many each")
     for method in ("mts", "sts"):
         rates = cost[method]["ps_per_s_of_seeds"]
-        if max(rates) > UNEVEN * min(rates):
+        ratio = max(rates) / min(rates)
+        if ratio > UNEVEN:
             notes.append(
-                f"seeds of {method} differ in speed by a factor of {max(rates) / min(rates):.3g} (short runs, compilation, other"
-                " work on the machine), so that the gain means little"
+                f"seeds of {method} differ in speed by a factor of {ratio:.3g} (short runs, compilation, other work on the machine),"
+                " so that the gain means little"
             )
     return "; ".join(notes)
 
