@@ -278,8 +278,8 @@ def _fairness(cost: dict[str, Any]) -> str:
         ratio = max(rates) / min(rates)
         if ratio > UNEVEN:
             notes.append(
-                f"seeds of {method} differ in speed by a factor of {ratio:.3g} (short runs, compilation, other work on the machine),"
-                " so that the gain means little"
+                f"seeds of {method} differ in speed by a factor of {ratio:.3g} (short runs, compilation, other work on the"
+                " machine), so that the gain means little"
             )
     return "; ".join(notes)
 
