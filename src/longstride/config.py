@@ -469,6 +469,9 @@ class MTSSampling(Section):
     )
     inner_steps: int = Field(4, ge=1, le=64, description="student steps per teacher call")
     friction_per_ps: float = Field(1.0, gt=0, description="Langevin friction")
+    hydrogen_friction_per_ps: float | None = Field(
+        None, gt=0, description="Langevin friction of hydrogens, which damps resonances of their bonds; null: as of all atoms"
+    )
     hydrogen_mass_Da: float | None = Field(3.024, ge=1, le=4, description="hydrogen mass; null keeps 1.008")
     equilibration_ps: float = Field(0.5, ge=0, description="discarded start of each trajectory")
     save_every_ps: float = Field(0.02, gt=0, description="time between saved frames")
@@ -490,6 +493,9 @@ class STSSampling(Section):
     length_ps: float = Field(1.5, gt=0, description="length of each trajectory")
     timestep_fs: float = Field(1.0, gt=0, le=4, description="integration step")
     friction_per_ps: float = Field(1.0, gt=0, description="Langevin friction")
+    hydrogen_friction_per_ps: float | None = Field(
+        None, gt=0, description="Langevin friction of hydrogens, which damps resonances of their bonds; null: as of all atoms"
+    )
     hydrogen_mass_Da: float | None = Field(3.024, ge=1, le=4, description="hydrogen mass; null keeps 1.008")
     equilibration_ps: float = Field(0.5, ge=0, description="discarded start of each trajectory")
     save_every_ps: float = Field(0.02, gt=0, description="time between saved frames")
@@ -685,7 +691,7 @@ def _check_methods(config: Config) -> None:
             )
     if not (dynamics.enabled and {"mts", "sts"} <= set(config.sample.methods)):
         return
-    for key in ("friction_per_ps", "hydrogen_mass_Da"):
+    for key in ("friction_per_ps", "hydrogen_friction_per_ps", "hydrogen_mass_Da"):
         ours, theirs = getattr(mts, key), getattr(sts, key)
         if ours != theirs:
             raise ConfigError(

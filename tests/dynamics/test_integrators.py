@@ -274,3 +274,34 @@ def test_negative_controls(fault):
         assert max(any_student, perfect_student) < 1e-10
     else:
         assert max(any_student, perfect_student) > 1e-3
+
+
+def test_every_atom_may_have_its_own_friction():
+    class Nothing:
+        name, system = "nothing", None
+
+        def energy_forces(self, x):
+            return x.positions.new_zeros(len(x.positions)), torch.zeros_like(x.positions)
+
+    masses = torch.tensor([1.0, 16.0, 1.0], dtype=torch.float64)
+    velocities = torch.ones(2, 3, 3, dtype=torch.float64)
+    md = start(torch.zeros(2, 3, 3, dtype=torch.float64), velocities, masses=masses, potential=Nothing())
+    rates = torch.tensor([20.0, 1.0, 0.0], dtype=torch.float64)
+    generator = torch.Generator().manual_seed(0)
+    cold = baoab(md, potential=Nothing(), dt=0.01, kT=0.0, friction=rates, generator=generator)
+    assert torch.allclose(cold.velocities, torch.exp(-0.01 * rates)[:, None].expand(2, 3, 3), rtol=1e-14)
+    inner = respa_baoab(
+        start(md.positions, velocities, masses=masses, potential=Nothing(), fast=Nothing()),
+        fast=Nothing(),
+        slow=Nothing(),
+        n_inner=4,
+        dt=0.01,
+        kT=0.0,
+        friction=rates,
+        generator=generator,
+    )
+    assert torch.allclose(inner.velocities, cold.velocities, rtol=1e-14)
+    # no friction on an atom, no noise
+    warm = baoab(md, potential=Nothing(), dt=0.01, kT=2.5, friction=rates, generator=generator)
+    assert torch.equal(warm.velocities[:, 2], velocities[:, 2])
+    assert float((warm.velocities[:, 0] - cold.velocities[:, 0]).abs().min()) > 0

@@ -119,7 +119,7 @@ def verlet(md: MDState, *, potential: Potential, dt: float) -> MDState:
 
 
 def baoab(
-    md: MDState, *, potential: Potential, dt: float, kT: float | Tensor, friction: float, generator: Generator
+    md: MDState, *, potential: Potential, dt: float, kT: float | Tensor, friction: float | Tensor, generator: Generator
 ) -> MDState:
     """Advance one Langevin step B(dt/2) A(dt/2) O(dt) A(dt/2) B(dt/2).
 
@@ -130,7 +130,7 @@ def baoab(
         potential: gives the forces; called once.
         dt: timestep in ps.
         kT: thermal energy in kJ/mol, one number or [replica, 1, 1].
-        friction: Langevin friction in 1/ps.
+        friction: Langevin friction in 1/ps, one number or [atom].
         generator: source of the noise.
     """
     kick = 0.5 * dt / md.masses[:, None]
@@ -149,7 +149,7 @@ def respa_baoab(
     n_inner: int,
     dt: float,
     kT: float | Tensor,
-    friction: float,
+    friction: float | Tensor,
     generator: Generator,
 ) -> MDState:
     """Advance one outer step of multi-time-step Langevin dynamics, distilled r-RESPA.
@@ -168,13 +168,14 @@ def respa_baoab(
         n_inner: inner steps per outer step, a positive whole number.
         dt: outer timestep in ps.
         kT: thermal energy in kJ/mol, one number or [replica, 1, 1].
-        friction: Langevin friction in 1/ps; O acts in every inner step.
+        friction: Langevin friction in 1/ps, one number or [atom]; O acts in every inner step. A high friction on hydrogens
+            alone damps resonances of their bonds (doi:10.1021/acs.jctc.6c00653).
         generator: source of the noise.
 
     Raises:
         LongstrideError: `n_inner` is not a positive whole number, or `md` has no fast forces.
     """
-    if n_inner != int(n_inner) or n_inner < 1:
+    if not math.isfinite(n_inner) or n_inner != int(n_inner) or n_inner < 1:
         raise LongstrideError(f"the number of inner steps must be a positive whole number, not {n_inner!r}")
     if md.fast_forces is None:
         raise LongstrideError("multi-time-step dynamics needs the fast forces of its first state; make it with start(fast=...)")
@@ -226,15 +227,16 @@ def whole_steps(outer: float, inner: float) -> int:
 class _Middle:
     """The part A(h/2) O(h) A(h/2); no noise is drawn at zero friction, so that NVE runs leave the generator alone."""
 
-    def __init__(self, h: float, masses: Tensor, *, kT: float | Tensor, friction: float, generator: Generator) -> None:
-        self._half, self._friction, self._generator = 0.5 * h, friction, generator
-        self._decay = math.exp(-friction * h)
+    def __init__(self, h: float, masses: Tensor, *, kT: float | Tensor, friction: float | Tensor, generator: Generator) -> None:
+        rate = torch.as_tensor(friction, dtype=masses.dtype).reshape(-1, 1)  # [1 or atom, 1]
+        self._half, self._generator, self._thermostat = 0.5 * h, generator, bool((rate > 0).any())
+        self._decay = torch.exp(-rate * h)
         self._noise = ((1 - self._decay**2) * kT / masses[:, None]) ** 0.5
 
     def __call__(self, x: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Return positions and velocities after the three parts."""
         x = torch.add(x, v, alpha=self._half)
-        if self._friction > 0:
+        if self._thermostat:
             noise = torch.randn(v.shape, generator=self._generator, dtype=v.dtype)
             v = torch.addcmul(self._decay * v, self._noise, noise)
         return torch.add(x, v, alpha=self._half), v

@@ -60,3 +60,16 @@ def hydrogen_parents(system: System) -> list[tuple[int, int]]:
             raise LongstrideError(f"hydrogen {atom} ({system.atom_names[atom]}) has {len(others)} bonds; one parent is needed")
     # H2: two hydrogens bonded to each other have no heavy parent
     return [(atom, others[0]) for atom, others in partners.items() if others[0] not in partners]
+
+
+def hydrogen_friction(system: System, friction_per_ps: float, hydrogen_friction_per_ps: float | None) -> np.ndarray:
+    """Return the Langevin friction of every atom, [atom] 1/ps; hydrogens may have one of their own.
+
+    Args:
+        system: the molecule.
+        friction_per_ps: of all other atoms.
+        hydrogen_friction_per_ps: of hydrogens; None: as of the others.
+    """
+    if hydrogen_friction_per_ps is None:
+        return np.full(system.n_atoms, float(friction_per_ps))
+    return np.where(system.atomic_numbers == 1, float(hydrogen_friction_per_ps), float(friction_per_ps))

@@ -47,7 +47,7 @@ class ReplicaJob:
         n_inner: inner steps per outer step; not used without a student.
         masses: [atom] Da.
         temperature_K: of the thermostat.
-        friction_per_ps: of the thermostat, in the part that is kept.
+        friction_per_ps: [atom] of the thermostat, in the part that is kept.
         plan: lengths and intervals.
         max_slow_force: limit of the monitor, kJ/mol/nm.
         advice: end of the monitor's error line.
@@ -61,7 +61,7 @@ class ReplicaJob:
     n_inner: int
     masses: np.ndarray
     temperature_K: float
-    friction_per_ps: float
+    friction_per_ps: np.ndarray
     plan: RunPlan
     max_slow_force: float
     advice: str
@@ -146,7 +146,7 @@ def run_group(
             monitor=monitor,
             store=store,
             # a high friction carries off the energy by which frames of another potential are strained
-            equilibrate=_step(job, teacher, student, friction=max(job.friction_per_ps, EQUILIBRATION_FRICTION_PER_PS)),
+            equilibrate=_step(job, teacher, student, friction=np.maximum(job.friction_per_ps, EQUILIBRATION_FRICTION_PER_PS)),
             progress=progress,
         )
     return ReplicaResult(frames=result.frames, production_s=result.production_s, discarded_s=result.discarded_s)
@@ -161,11 +161,12 @@ def _begin(job: ReplicaJob, first: int, starts: np.ndarray, *, teacher: Potentia
 
 
 def _step(
-    job: ReplicaJob, teacher: Potential, student: Potential | None, *, friction: float
+    job: ReplicaJob, teacher: Potential, student: Potential | None, *, friction: np.ndarray
 ) -> Callable[[MDState, torch.Generator], MDState]:
     kT, dt, n_inner = thermal_energy(job.temperature_K), job.plan.dt, job.n_inner
+    rate = torch.from_numpy(friction)
     if student is None:
-        return lambda md, generator: baoab(md, potential=teacher, dt=dt, kT=kT, friction=friction, generator=generator)
+        return lambda md, generator: baoab(md, potential=teacher, dt=dt, kT=kT, friction=rate, generator=generator)
     return lambda md, generator: respa_baoab(
-        md, fast=student, slow=teacher, n_inner=n_inner, dt=dt, kT=kT, friction=friction, generator=generator
+        md, fast=student, slow=teacher, n_inner=n_inner, dt=dt, kT=kT, friction=rate, generator=generator
     )

@@ -17,7 +17,7 @@ from longstride.data.atomic import write_arrays
 from longstride.data.checkpoint import fingerprint, open_state
 from longstride.data.frames import start_positions
 from longstride.data.manifest import read_manifest, write_manifest
-from longstride.dynamics.masses import repartitioned_masses
+from longstride.dynamics.masses import hydrogen_friction, repartitioned_masses
 from longstride.dynamics.replicas import ReplicaJob, ReplicaResult, group_size, run_replicas
 from longstride.dynamics.runner import RunPlan
 from longstride.fingerprints import code_version
@@ -125,7 +125,7 @@ class _Job:
             n_inner=n_inner,
             masses=self.masses,
             temperature_K=self.temperature_K,
-            friction_per_ps=section.friction_per_ps,
+            friction_per_ps=hydrogen_friction(self.molecule.system, section.friction_per_ps, section.hydrogen_friction_per_ps),
             plan=plan,
             max_slow_force=self.max_slow_force,
             advice=self.advice,
@@ -166,6 +166,7 @@ class _Job:
             "temperature_K": self.temperature_K,
             "masses_Da": self.masses.tolist(),
             "friction_per_ps": self.section.friction_per_ps,
+            "hydrogen_friction_per_ps": self.section.hydrogen_friction_per_ps,
             "timestep_fs": plan.dt / FS_PS,
             "box_nm": box_values(self.molecule.box),
             "kinetic_temperature_K": by_element,
