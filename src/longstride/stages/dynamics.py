@@ -111,21 +111,33 @@ def run(
         found = _with_configurational(found, runs, section, molecule, teacher, state=state, seed=seed, threads=threads)
     else:
         found = replace(found, rows=_replaced(found.rows, NOT_ASKED))
+    cost = _write(out, found, sides, section, molecule)
+    print(f"dynamics: {found.statement}; gain {cost['gain']:.3g}; {format_duration(time.monotonic() - begin)}, see {out}")
+
+
+def _write(
+    out: Path,
+    found: DynamicsComparison,
+    sides: Sequence[Sequence[_Samples]],
+    section: DynamicsConfig,
+    molecule: Prepared,
+) -> dict[str, Any]:
+    """Write figures, tables, dynamics.json and the manifest, and return the cost."""
     out.mkdir(parents=True, exist_ok=True)
+    first, cost = sides[0][0].run, cost_of(sides[0], sides[1])
     drawn = dynamics_figures.draw(found, out=out)
     tables.write_csv(out / "dynamics.csv", ROW_COLUMNS, found.records())
     tables.write_csv(out / "curves.csv", CURVE_COLUMNS, dynamics_figures.curve_rows(found))
-    cost = cost_of(sides[0], sides[1])
     content = {
         "system": molecule.system.name,
-        "target": runs[0][0].target,
-        "temperature_K": runs[0][0].temperature_K,
+        "target": first.target,
+        "temperature_K": first.temperature_K,
         "candidate": found.candidate,
         "baseline": found.baseline,
         "statement": found.statement,
         "rows": [{key: _json(value) for key, value in row.items()} for row in found.records()],
         "cost": cost,
-        "conditions": _conditions(runs[0][0]),
+        "conditions": _conditions(first),
         "settings": section.model_dump(mode="json"),
         "methods": [one.summary(molecule) for side in sides for one in side],
         "figures": drawn,
@@ -135,7 +147,7 @@ def run(
     write_json(out / "dynamics.json", content)
     files = ["dynamics.json", *TABLES, *(figure["file"] for figure in drawn)]
     write_manifest(out, kind="dynamics", files=files, content={"system": molecule.system.name})
-    print(f"dynamics: {found.statement}; gain {cost['gain']:.3g}; {format_duration(time.monotonic() - begin)}, see {out}")
+    return cost
 
 
 class _Samples:

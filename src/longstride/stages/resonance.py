@@ -119,7 +119,9 @@ def run(
     trained = read_manifest(distill, kind="distill")
     target = teacher.label_for(molecule)
     network = load_student(distill / "student.safetensors", teacher=target)
-    student = network.bind(molecule.system, periodic=molecule.box is not None, compile=compiler_available())
+    periodic = molecule.box is not None
+    # modes need few calls of other shapes, each of which would be compiled anew
+    student, plain = (network.bind(molecule.system, periodic=periodic, compile=c) for c in (compiler_available(), False))
     shared = {key: value for key, value in asdict(settings).items() if key not in ("outer_fs", "modes")}
     key = fingerprint(
         shared, molecule.system_hash, source["files"], trained["files"], target, teacher.options, seed,
@@ -127,35 +129,28 @@ def run(
     )  # fmt: skip
     with open_teacher(teacher, molecule, charge=molecule.charge, threads=threads) as potential:
         scan = _Scan(
-            settings=settings, molecule=molecule, teacher=potential, student=student,
+            settings=settings, molecule=molecule, teacher=potential, student=student, plain=plain,
             masses=repartitioned_masses(molecule.system, settings.hydrogen_mass_Da),
             temperature_K=source["temperature_K"], seed=seed, state=state, key=key,
         )  # fmt: skip
         starts = start_positions(reference, count=settings.replicas, seed=job_seed(seed, "starts"))
         rows = scan.rows(starts)
         modes = scan.modes(starts[0])
-    content = {
-        "system": molecule.system.name,
-        "target": target,
-        "temperature_K": source["temperature_K"],
-        "settings": asdict(settings),
-        "rows": rows,
-        "modes": modes,
-        "statement": statement(rows, modes),
-        "provenance": provenance(),
-    }
-    _write(out, content)
+    content = {"system": molecule.system.name, "target": target, "temperature_K": source["temperature_K"]}
+    content |= {"settings": asdict(settings), "rows": rows, "modes": modes, "statement": statement(rows, modes)}
+    _write(out, {**content, "provenance": provenance()})
     print(f"resonance: {content['statement']}, see {out}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Scan:
-    """The runs of a scan, one after another."""
+    """The runs of a scan, one after another, and the modes beside them; `plain` is the student, not compiled."""
 
     settings: Settings
     molecule: Prepared
     teacher: Potential
     student: Potential
+    plain: Potential
     masses: np.ndarray
     temperature_K: float
     seed: int
@@ -271,7 +266,7 @@ class _Scan:
         whose = self.settings.modes
         if whose == "auto":
             whose = "teacher" if self.molecule.system.n_atoms <= TEACHER_MODES_ATOMS else "student"
-        potential = self.teacher if whose == "teacher" else self.student
+        potential = self.teacher if whose == "teacher" else self.plain
         box = self.molecule.box
         try:
             minimum = minimise(potential, positions, box=box, max_force=MAX_FORCE, max_steps=5000)
@@ -291,7 +286,7 @@ class _Scan:
         for label, wavenumber in sorted(modes.stiffest.items(), key=lambda item: -item[1]):
             index = int(np.flatnonzero(modes.wavenumbers == wavenumber)[0])
             along = modes.vectors[index] / np.sqrt(self.masses)[:, None]
-            square, fast = (self._curvature(potential, modes.positions, along) for potential in (self.teacher, self.student))
+            square, fast = (self._curvature(potential, modes.positions, along) for potential in (self.teacher, self.plain))
             if not square > 0:
                 continue
             true = math.sqrt(square) / (2 * math.pi * LIGHT_CM_PER_PS)
