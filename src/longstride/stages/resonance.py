@@ -359,7 +359,7 @@ def _draw(path: Path, content: dict[str, Any], elements: Sequence[str]) -> None:
     grid = np.arange(max(1.0, settings["inner_fs"]), last, 0.01)
     linear = [
         linear_scan(
-            grid, wavenumber_per_cm=one["wavenumber_per_cm"], slow_share=one["slow_share"], label=label,
+            grid, wavenumber_per_cm=one["wavenumber_per_cm"], slow_share=round(one["slow_share"], 3), label=label,
             inner_step_fs=settings["inner_fs"], friction_per_ps=settings["friction_per_ps"],
         )
         for label, one in shown.items()
