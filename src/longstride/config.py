@@ -344,7 +344,7 @@ class DistillConfig(Section):
     max_bond_error: float = Field(0.1, gt=0, description="a larger relative error of the force along bonds is refused")
     bond_weight: float = Field(1.0, ge=0, description="weight of the error of forces along bonds in the loss")
     batch_size: int = Field(16, ge=1, description="frames per optimiser step")
-    learning_rate: float = Field(1e-2, gt=0, description="peak learning rate (Adam, warm-up, cosine decay)")
+    learning_rate: float = Field(1e-2, gt=0, description="peak learning rate (Muon, warm-up, cosine decay)")
     checkpoint_every_steps: int = Field(250, ge=1, description="optimiser steps between checkpoints")
 
 

@@ -26,7 +26,7 @@ from longstride.units import thermal_energy
 
 KT = thermal_energy(310.0)
 METADATA = StudentMetadata(elements=(1, 8), teacher="springs", channels=4, hidden=16)
-SECTION = DistillConfig(max_steps=60, batch_size=8, checkpoint_every_steps=20, learning_rate=1e-2)
+SECTION = DistillConfig(max_steps=60, batch_size=8, checkpoint_every_steps=20, learning_rate=4e-2)
 WATER = System(
     name="water",
     atomic_numbers=np.array([8, 1, 1]),
@@ -237,7 +237,7 @@ def test_training_learns_and_continues_bitwise(frames, tmp_path):
     with open_state(tmp_path / "whole", "key") as store:
         network, rows = fit(frames, store)
     assert [row["step"] for row in rows] == [20, 40, 60]
-    assert rows[-1]["held_out_force_relative"] < 0.7
+    assert rows[-1]["held_out_force_relative"] < 0.2
     assert rows[-1]["held_out_force_relative"] < rows[0]["held_out_force_relative"]
     with open_state(tmp_path / "parts", "key") as store:
         for stop_at in (25, 45):

@@ -18,7 +18,7 @@ from longstride.data.frames import read_trajectories
 from longstride.data.manifest import read_manifest, write_manifest
 from longstride.errors import LongstrideError, NumericsError
 from longstride.fingerprints import code_version
-from longstride.potentials.shipped_students import shipped_student
+from longstride.potentials.shipped_students import environments, shipped_student
 from longstride.potentials.student import StudentMetadata, StudentNetwork, save_student
 from longstride.potentials.teachers import TeacherSpec, open_teacher
 from longstride.progress import Progress
@@ -79,6 +79,7 @@ def run(section: DistillConfig, *, prepared: Path, reference: Path, out: Path, s
         "system_hash": molecule.system_hash,
         "teacher": target,
         "charge": charge,
+        "environments": environments(molecule.system),
         "cutoff_nm": section.cutoff_nm,
         "temperature_K": source["temperature_K"],
         "units": {"force_rmse": "kJ/mol/nm", "energy_mae": "kJ/mol"},

@@ -20,6 +20,7 @@ import torch
 
 from longstride.errors import NumericsError
 from longstride.state import State
+from longstride.training.muon import Muon
 
 if TYPE_CHECKING:
     from longstride.config import DistillConfig
@@ -87,7 +88,7 @@ def train(
         NumericsError: the loss is not finite.
     """
     generator = torch.Generator().manual_seed(seed)
-    optimiser = torch.optim.Adam(network.parameters(), lr=section.learning_rate)
+    optimiser = Muon(network.parameters(), lr=section.learning_rate)
     step, rows = _restore(store, network, optimiser, generator)
     positions, targets = frames.positions, frames.forces.to(student.dtype)
     force_scale = targets.square().mean().sqrt()
@@ -260,19 +261,19 @@ def _save(
     store: StateFolder,
     step: int,
     network: StudentNetwork,
-    optimiser: torch.optim.Adam,
+    optimiser: Muon,
     *,
     generator: torch.Generator,
     rows: list[dict[str, float]],
 ) -> None:
     arrays = {f"network.{key}": value.detach().numpy() for key, value in network.state_dict().items()}
     for index, state in optimiser.state_dict()["state"].items():
-        arrays |= {f"adam.{index}.{key}": value.numpy() for key, value in state.items()}
+        arrays |= {f"optimiser.{index}.{key}": value.numpy() for key, value in state.items()}
     store.save(step, {**arrays, "generator": generator.get_state().numpy()}, {"rows": rows})
 
 
 def _restore(
-    store: StateFolder, network: StudentNetwork, optimiser: torch.optim.Adam, generator: torch.Generator
+    store: StateFolder, network: StudentNetwork, optimiser: Muon, generator: torch.Generator
 ) -> tuple[int, list[dict[str, float]]]:
     saved = store.latest()
     if saved is None:
@@ -281,7 +282,7 @@ def _restore(
     network.load_state_dict({key.partition(".")[2]: value for key, value in arrays.items() if key.startswith("network.")})
     state: dict[int, dict[str, torch.Tensor]] = {}
     for key, value in arrays.items():
-        if key.startswith("adam."):
+        if key.startswith("optimiser."):
             _, index, name = key.split(".")
             state.setdefault(int(index), {})[name] = value
     optimiser.load_state_dict({**optimiser.state_dict(), "state": state})
