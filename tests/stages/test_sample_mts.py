@@ -14,7 +14,7 @@ from longstride.potentials.amber import AmberPotential
 from longstride.potentials.teachers import TeacherSpec
 from longstride.stages import distill, sample_mts
 from longstride.state import State
-from longstride.training.labels import LabelPlan
+from longstride.training.labels import Labelled, LabelPlan
 
 DISTILL = DistillConfig(
     frames=60,
@@ -127,7 +127,7 @@ def test_the_whole_path(tmp_path, alanine_folder, reference, teacher, capsys):
     assert found["frames"]["held_out"] > 0
     assert len((distilled / "metrics.csv").read_text().splitlines()) == 6
     (driven,) = found["rounds"]
-    assert driven["holes"] == driven["frames"] == found["frames"]["teacher_calls"] - LabelPlan.of(60).total
+    assert driven["holes"] == driven["frames"] + driven["torn"] == found["frames"]["teacher_calls"] - LabelPlan.of(60).total
     assert driven["largest_error"] > 1.0
     assert found["hessian_relative"] > 0.01
     out = run_mts(tmp_path, alanine_folder, reference, distilled)
@@ -160,11 +160,21 @@ def test_the_whole_path(tmp_path, alanine_folder, reference, teacher, capsys):
         run_mts(tmp_path, alanine_folder, reference, distilled, name="other", teacher="gfn1-xtb")
 
 
-def test_a_student_without_holes_needs_no_more_training(tmp_path, alanine_folder, reference, teacher):
+def test_a_student_without_holes_needs_no_more_training(tmp_path, alanine_folder, reference, teacher, monkeypatch):
+    monkeypatch.setattr(distill, "TORN", 1e9)
     out = run_distill(tmp_path, alanine_folder, reference, rounds=3, hole_kJ_per_mol_nm=1e9)
     found = read_manifest(out, kind="distill")
     assert [item["holes"] for item in found["rounds"]] == [0]
     assert len((out / "metrics.csv").read_text().splitlines()) == 4
+
+
+def test_frames_of_a_molecule_that_was_torn_apart_are_left_out():
+    forces = torch.ones(4, 3, 3, dtype=torch.float64)
+    forces[2, 1, 0] = 100.0
+    frames = Labelled(positions=forces, energies=forces[:, 0, 0], forces=forces, trajectory=torch.arange(4))
+    kept, torn = distill.whole(frames, limit=3 * distill.largest_force(frames.where(torch.tensor([True, True, False, True]))))
+    assert torn == 1
+    assert kept.trajectory.tolist() == [0, 1, 3]
 
 
 def test_a_student_that_is_wrong_along_bonds_is_refused(tmp_path, alanine_folder, reference, teacher):

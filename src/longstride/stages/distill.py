@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from longstride.systems import Prepared
 
 HELD_OUT = 0.25  # of the reference trajectories
+TORN = 3.0  # a molecule with a force that many times larger than any before was torn apart, and teaches nothing
 
 
 def run(section: DistillConfig, *, prepared: Path, reference: Path, out: Path, state: Path, seed: int, threads: int) -> None:
@@ -130,9 +131,10 @@ class _Work:
                 break
             plan = replace(LabelPlan.of(self.section.round_frames), reference=0)
             more = self._label(teacher, plan, folder=f"driven_{index}", timing=timing, fast=self._student(network))
+            more, torn = whole(more, limit=TORN * largest_force(frames))
             error = largest_errors(self._student(network), more)
-            holes = int((error > self.section.hole_kJ_per_mol_nm).sum())
-            rounds.append({"frames": len(more), "holes": holes, "largest_error": float(error.max())})
+            holes = int((error > self.section.hole_kJ_per_mol_nm).sum()) + torn
+            rounds.append({"frames": len(more), "holes": holes, "torn": torn, "largest_error": float(error.max())})
             calls += plan.total
             if holes == 0:
                 break
@@ -202,6 +204,17 @@ class _Work:
                 if (self.state / folder).is_dir():
                     with open_state(self.state / folder, self.label_key if folder == "labels" else self.key) as store:
                         store.clear()
+
+
+def largest_force(frames: Labelled) -> float:
+    """Return the largest teacher force on any atom of any frame, kJ/mol/nm."""
+    return float(frames.forces.norm(dim=2).max())
+
+
+def whole(frames: Labelled, *, limit: float) -> tuple[Labelled, int]:
+    """Return the frames without a teacher force above `limit`, and the number of the others."""
+    keep = frames.forces.norm(dim=2).amax(dim=1) <= limit
+    return frames.where(keep), int((~keep).sum())
 
 
 def _check_quality(content: dict[str, Any], section: DistillConfig) -> None:

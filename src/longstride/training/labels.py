@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 MASS_DA = 12.0
 TIMESTEP_PS = 3.5e-3
-DRIVEN_STEPS = 4  # of the student between two teacher calls: for atoms of 12 Da as far as 4 fs are for hydrogen
+DRIVEN_STEPS = 3  # of the student between two teacher calls; with all atoms of 12 Da below half the period of any bond
 FRICTION_PER_PS = 5.0
 HEAT = (1.0, 1.3, 1.7)  # chain temperatures, relative to the target
 MAX_TEMPERATURE_RATIO = 4.0
