@@ -336,7 +336,10 @@ class DistillConfig(Section):
     rounds: int = Field(
         1, ge=0, description="at most so often: frames to which the student's own dynamics leads are labelled, and trained on"
     )
-    round_frames: int = Field(600, ge=20, description="teacher-labelled frames of each round")
+    round_frames: int = Field(600, ge=20, description="frames that each round adds")
+    round_stride: int = Field(
+        1, ge=1, description="teacher calls per such frame; the worst of them is kept. Large systems need long rounds"
+    )
     round_steps: int = Field(2000, ge=1, description="optimiser steps of each round")
     hole_kJ_per_mol_nm: float = Field(
         1000.0, gt=0, description="a larger error on an atom is a hole; rounds end when a student meets none"

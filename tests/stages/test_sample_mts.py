@@ -177,6 +177,16 @@ def test_frames_of_a_molecule_that_was_torn_apart_are_left_out():
     assert kept.trajectory.tolist() == [0, 1, 3]
 
 
+def test_the_worst_frame_of_every_stretch_is_kept():
+    n = 12  # two trajectories, which alternate
+    forces = torch.zeros(n, 3, 3, dtype=torch.float64)
+    frames = Labelled(positions=forces, energies=torch.arange(n).double(), forces=forces, trajectory=torch.arange(n) % 2)
+    error = torch.tensor([0.0, 5, 1, 0, 2, 1, 9, 0, 3, 1, 4, 7])
+    kept = distill.worst_of_stretches(frames, error, stretch=3)
+    assert kept.energies.tolist() == [1.0, 4.0, 6.0, 11.0]
+    assert len(distill.worst_of_stretches(frames, error, stretch=1)) == n
+
+
 def test_a_student_that_is_wrong_along_bonds_is_refused(tmp_path, alanine_folder, reference, teacher):
     with pytest.raises(NumericsError, match="max_bond_error") as error:
         run_distill(tmp_path, alanine_folder, reference, rounds=0, max_bond_error=1e-3)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import openmm
@@ -26,7 +26,7 @@ from longstride.provenance import provenance
 from longstride.seeds import job_seed
 from longstride.systems import load_prepared
 from longstride.training.distill import hessian_error, largest_errors, measure, train
-from longstride.training.labels import Labelled, LabelPlan, label_frames
+from longstride.training.labels import Labelled, LabelPlan, ends, label_frames
 from longstride.units import thermal_energy
 
 if TYPE_CHECKING:
@@ -122,23 +122,25 @@ class _Work:
         """Fit `network` in place: to the first frames, then to those that its own dynamics adds, round after round."""
         timing = {"label_s": 0.0, "train_s": 0.0}
         plan = LabelPlan.of(self.section.frames).limited(sum(len(part) for part in self.trajectories))
-        frames = self._label(teacher, plan, folder="labels", timing=timing)
+        frames, starts = self._label(teacher, plan, folder="labels", timing=timing)
         calls, rows, rounds = plan.total, [], []
         for index in range(self.section.rounds + 1):
             kept, held_out = split(frames, len(self.trajectories))
             rows += self._train(network, kept, held_out, index=index, timing=timing)
             if index == self.section.rounds:
                 break
-            plan = replace(LabelPlan.of(self.section.round_frames), reference=0)
-            more = self._label(teacher, plan, folder=f"driven_{index}", timing=timing, fast=self._student(network))
+            plan = self._driven_plan(starts)
+            student = self._student(network)
+            more, starts = self._label(teacher, plan, folder=f"driven_{index}", timing=timing, fast=student, starts=starts)
             more, torn = whole(more, limit=TORN * largest_force(frames))
-            error = largest_errors(self._student(network), more)
+            error = largest_errors(student, more)
             holes = int((error > self.section.hole_kJ_per_mol_nm).sum()) + torn
             rounds.append({"frames": len(more), "holes": holes, "torn": torn, "largest_error": float(error.max())})
             calls += plan.total
             if holes == 0:
                 break
-            frames = frames.and_also(more)
+            # neighbours in time are alike: what is worst of each stretch teaches most
+            frames = frames.and_also(worst_of_stretches(more, error, stretch=self.section.round_stride))
         student = self._student(network)
         content = {
             "frames": {"train": len(kept), "held_out": len(held_out), "teacher_calls": calls},
@@ -147,6 +149,11 @@ class _Work:
             "hessian_relative": hessian_error(teacher, student, held_out, seed=job_seed(self.seed, "directions")),
         }
         return _Result(rows=rows, content=content, timing=timing)
+
+    def _driven_plan(self, starts: np.ndarray) -> LabelPlan:
+        chains = len(starts)
+        steps = max(1, round(self.section.round_frames * self.section.round_stride / chains) - 1)
+        return LabelPlan(reference=0, chains=chains, steps=steps)
 
     def _student(self, network: StudentNetwork) -> AnyStudent:
         return network.bind(self.molecule.system, periodic=self.molecule.box is not None)
@@ -159,7 +166,9 @@ class _Work:
         folder: str,
         timing: dict[str, float],
         fast: Potential | None = None,
-    ) -> Labelled:
+        starts: np.ndarray | None = None,
+    ) -> tuple[Labelled, np.ndarray]:
+        """Return the labels, and where the chains stand after them: the next ones go on there, ever farther from the start."""
         began = time.perf_counter()
         key = self.label_key if fast is None else self.key
         with open_state(self.state / folder, key) as store:
@@ -172,10 +181,13 @@ class _Work:
                 store=store,
                 box=self.molecule.box,
                 fast=fast,
+                starts=starts,
                 progress=Progress(f"{folder} of {teacher.name}", plan.total, "frames"),
             )
+            stand = ends(store)
         timing["label_s"] += time.perf_counter() - began
-        return frames
+        assert stand is not None
+        return frames, stand
 
     def _train(
         self, network: StudentNetwork, kept: Labelled, held_out: Labelled, *, index: int, timing: dict[str, float]
@@ -215,6 +227,23 @@ def whole(frames: Labelled, *, limit: float) -> tuple[Labelled, int]:
     """Return the frames without a teacher force above `limit`, and the number of the others."""
     keep = frames.forces.norm(dim=2).amax(dim=1) <= limit
     return frames.where(keep), int((~keep).sum())
+
+
+def worst_of_stretches(frames: Labelled, error: torch.Tensor, *, stretch: int) -> Labelled:
+    """Return, of every `stretch` frames in a row of one trajectory, that with the largest error.
+
+    Args:
+        frames: in the order of time; those of one trajectory alternate with others.
+        error: [frame].
+        stretch: 1 keeps all.
+    """
+    chosen = []
+    for trajectory in frames.trajectory.unique():
+        own = (frames.trajectory == trajectory).nonzero()[:, 0]
+        chosen += [part[error[part].argmax()] for part in own.split(stretch)]
+    keep = torch.zeros(len(frames), dtype=torch.bool)
+    keep[torch.stack(chosen)] = True
+    return frames.where(keep)
 
 
 def _check_quality(content: dict[str, Any], section: DistillConfig) -> None:

@@ -123,6 +123,7 @@ def label_frames(
     store: StateFolder,
     box: np.ndarray | None = None,
     fast: Potential | None = None,
+    starts: np.ndarray | None = None,
     progress: Progress | None = None,
 ) -> Labelled:
     """Return teacher-labelled frames; finished blocks in `store` are not computed again.
@@ -136,6 +137,8 @@ def label_frames(
         store: open state folder; continued bitwise.
         box: [3, 3] nm of a periodic system.
         fast: a student that drives the chains between teacher calls; None: the teacher alone.
+        starts: [chain, atom, 3] nm, where chains start, instead of frames of the trajectories; chain k counts as a
+            descendant of trajectory k modulo their number.
         progress: told the number of labels.
 
     Raises:
@@ -148,7 +151,7 @@ def label_frames(
     if plan.reference > sum(len(frames) for frames in trajectories):
         raise LongstrideError(f"there are fewer than {plan.reference} reference frames to label; see LabelPlan.limited")
     teacher, cell = _InParts(teacher), None if box is None else torch.from_numpy(box)
-    chains = _Chains(teacher, trajectories, plan, kT=kT, seed=seed, box=cell, fast=fast)
+    chains = _Chains(teacher, trajectories, plan, kT=kT, seed=seed, box=cell, fast=fast, starts=starts)
     for index in range(done, n_reference + n_dynamics):
         if index < n_reference:
             part = slice(index * REFERENCE_BLOCK, (index + 1) * REFERENCE_BLOCK)
@@ -165,6 +168,12 @@ def label_frames(
         if progress is not None:
             progress.update(_labels_after(plan, index + 1))
     return _collect(store, sum(plan.blocks), cell)
+
+
+def ends(store: StateFolder) -> np.ndarray | None:
+    """Return where the chains of finished labelling stand, [chain, atom, 3] nm; None before it began."""
+    saved = store.latest()
+    return None if saved is None or "positions" not in saved.arrays else saved.arrays["positions"].copy()
 
 
 def _labels_after(plan: LabelPlan, blocks: int) -> int:
@@ -214,13 +223,14 @@ class _Chains:
         seed: int,
         box: torch.Tensor | None,
         fast: Potential | None,
+        starts: np.ndarray | None,
     ) -> None:
         generator = np.random.default_rng(seed)
         self._fast = None if fast is None else _InParts(fast)
         self._teacher, self._seed, self._box = teacher, seed, repeated(box, plan.chains)
         self.origin = torch.arange(plan.chains) % len(trajectories)
         frames = [trajectories[k][generator.integers(len(trajectories[k]))] for k in self.origin.tolist()]
-        self._starts = torch.from_numpy(np.stack(frames).astype(np.float64))
+        self._starts = torch.from_numpy((np.stack(frames) if starts is None else starts).astype(np.float64))
         # trajectories and temperatures are combined, not aligned, where their numbers share a factor
         heat = [HEAT[(chain + chain // len(trajectories)) % len(HEAT)] for chain in range(plan.chains)]
         self._kT = kT * torch.tensor(heat, dtype=torch.float64)[:, None, None]
