@@ -107,6 +107,7 @@ def test_gain_is_the_ratio_of_simulated_time_per_second(equal, alanine, alanine_
     ("change", "words"),
     [
         ({"friction_per_ps": 5.0}, "friction.*run both at one friction"),
+        ({"hydrogen_friction_per_ps": 20.0}, "friction.*by up to 19.*run both at one friction"),
         ({"masses_Da": "light"}, "masses.*repartition both alike"),
         ({"target": "gfn1-xtb"}, "other targets"),
         ({"temperature_K": 300.0}, "temperature"),
@@ -169,10 +170,11 @@ def springs(monkeypatch):
 
 def test_the_teacher_gives_the_configurational_temperature_and_may_be_killed(
     alanine, alanine_folder, tmp_path, springs, no_figures
-):
+):  # with friction of their own for hydrogens, alike in both methods
     section = SECTION.model_copy(update={"configurational_frames": 30, "configurational_probes": 1})
-    sides = write_sides(tmp_path / "sample", alanine, frames=20, mts={"heat": 1.2})
+    sides = write_sides(tmp_path / "sample", alanine, frames=20, mts={"heat": 1.2}, hydrogen_friction_per_ps=20.0)
     content = run_stage(alanine_folder, sides, tmp_path / "whole", section=section)
+    assert content["conditions"] | {"friction_per_ps": 1.0, "hydrogen_friction_per_ps": 20.0} == content["conditions"]
     row = rows_of(content)["configurational temperature", ""]
     # exact: <k^2 x^2> / (3 N k) = T whatever the probes, the Hessian being a constant
     assert row["baseline"] == pytest.approx(TEMPERATURE_K, abs=4 * row["combined_se"])

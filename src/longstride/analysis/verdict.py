@@ -221,9 +221,10 @@ def gain_sentence(content: dict[str, Any]) -> str:
 def conditions_sentence(content: dict[str, Any]) -> str:
     """Return what both methods have in common, from dynamics.json."""
     shared, cost = content["conditions"], content["cost"]
-    mass = shared["hydrogen_mass_Da"]
+    mass, own = shared["hydrogen_mass_Da"], shared["hydrogen_friction_per_ps"]
     parts = [
         f"target {content['target']}", f"{number(content['temperature_K'], 4)} K", f"friction {shared['friction_per_ps']:g}/ps",
+        *([f"of hydrogens {own:g}/ps"] if own not in (None, shared["friction_per_ps"]) else []),
         *([f"hydrogens of {mass:.4g} Da"] if mass is not None else []), f"{shared['atoms']} atoms",
     ]  # fmt: skip
     lengths = f"{number(cost['mts']['simulated_ps'])} ps with {content['candidate']}, {number(cost['sts']['simulated_ps'])} ps"

@@ -173,7 +173,7 @@ class _Samples:
             system=molecule.system,
             masses=np.array(manifest["masses_Da"], dtype=np.float64),
             temperature_K=float(manifest["temperature_K"]),
-            friction_per_ps=float(manifest["friction_per_ps"]),
+            friction_per_ps=_friction(manifest, molecule),
             save_interval_ps=float(manifest["save_every"]),
             positions=arrays["positions"],
             velocities=arrays["velocities"],
@@ -214,6 +214,13 @@ class _Samples:
         }  # fmt: skip
 
 
+def _friction(manifest: dict[str, Any], molecule: Prepared) -> float | np.ndarray:
+    """Return the friction of all atoms, or of each where hydrogens have their own, 1/ps."""
+    hydrogens = manifest.get("hydrogen_friction_per_ps")
+    common = float(manifest["friction_per_ps"])
+    return common if hydrogens is None else np.where(molecule.system.atomic_numbers == 1, float(hydrogens), common)
+
+
 def partial_charges(molecule: Prepared) -> np.ndarray | None:
     """Return the force field's partial charges, [atom] elementary charges, or None where it has no nonbonded force."""
     import openmm
@@ -243,10 +250,12 @@ def _settings(section: DynamicsConfig, *, seed: int) -> ComparisonSettings:
 
 def _conditions(run: DynamicsRun) -> dict[str, Any]:
     """Return what both methods have in common."""
-    hydrogens = run.masses[run.system.atomic_numbers == 1]
+    light = run.system.atomic_numbers == 1
+    friction = np.broadcast_to(run.friction_per_ps, light.shape)
     return {
-        "friction_per_ps": float(np.mean(run.friction_per_ps)),
-        "hydrogen_mass_Da": float(hydrogens[0]) if len(hydrogens) else None,
+        "friction_per_ps": float(friction[~light][0] if (~light).any() else friction[0]),
+        "hydrogen_friction_per_ps": float(friction[light][0]) if light.any() else None,
+        "hydrogen_mass_Da": float(run.masses[light][0]) if light.any() else None,
         "box_nm": None if run.box is None else run.box.tolist(),
         "atoms": run.system.n_atoms,
     }
