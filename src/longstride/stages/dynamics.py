@@ -31,6 +31,7 @@ from longstride.analysis.vibrations import configurational_terms
 from longstride.data.atomic import read_arrays, write_json
 from longstride.data.checkpoint import fingerprint, open_state
 from longstride.data.manifest import read_manifest, write_manifest
+from longstride.dynamics.masses import hydrogen_friction
 from longstride.errors import DataError
 from longstride.fingerprints import code_version
 from longstride.potentials.teachers import open_teacher
@@ -173,7 +174,9 @@ class _Samples:
             system=molecule.system,
             masses=np.array(manifest["masses_Da"], dtype=np.float64),
             temperature_K=float(manifest["temperature_K"]),
-            friction_per_ps=_friction(manifest, molecule),
+            friction_per_ps=hydrogen_friction(
+                molecule.system, float(manifest["friction_per_ps"]), manifest.get("hydrogen_friction_per_ps")
+            ),
             save_interval_ps=float(manifest["save_every"]),
             positions=arrays["positions"],
             velocities=arrays["velocities"],
@@ -212,13 +215,6 @@ class _Samples:
             "simulated_ps_per_s": self.simulated_ps / max(self.sampling_s, 1e-9), "sampling_wall_s": self.sampling_s,
             "burn_in_wall_s": timing.get("burn_in_s"),
         }  # fmt: skip
-
-
-def _friction(manifest: dict[str, Any], molecule: Prepared) -> float | np.ndarray:
-    """Return the friction of all atoms, or of each where hydrogens have their own, 1/ps."""
-    hydrogens = manifest.get("hydrogen_friction_per_ps")
-    common = float(manifest["friction_per_ps"])
-    return common if hydrogens is None else np.where(molecule.system.atomic_numbers == 1, float(hydrogens), common)
 
 
 def partial_charges(molecule: Prepared) -> np.ndarray | None:
