@@ -22,7 +22,17 @@ def test_lock_holds_plain_pins_only():
     assert "torch==2.13.0" in LOCK
 
 
-@pytest.mark.parametrize("text", [*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["dev"]])
+def asked_for(texts):
+    """Requirements, those of the package's own extras spelt out."""
+    for text in texts:
+        requirement = Requirement(text)
+        if requirement.name != PROJECT["name"]:
+            yield text
+        for extra in requirement.extras if requirement.name == PROJECT["name"] else ():
+            yield from asked_for(PROJECT["optional-dependencies"][extra])
+
+
+@pytest.mark.parametrize("text", [*PROJECT["dependencies"], *asked_for(PROJECT["optional-dependencies"]["dev"])])
 def test_lock_satisfies_what_the_package_asks_for(text):
     requirement = Requirement(text)
     pins = dict(line.split("==") for line in LOCK)
