@@ -1,3 +1,6 @@
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 from deeptime.markov import TransitionCountEstimator
@@ -184,3 +187,22 @@ def test_a_replicate_with_a_state_that_only_the_trace_enters_is_estimated_all_th
     assert np.isfinite(found.values).all()
     assert np.isfinite(found.low).all()
     assert (found.low <= found.high).all()
+
+
+def test_pyemma_leaves_the_log_handlers_of_others_open():
+    program = """
+import io, logging
+from longstride.analysis import pyemma_bridge
+
+class Closes(logging.StreamHandler):
+    def close(self):
+        self.stream.close()
+        super().close()
+
+handler = Closes(io.StringIO())
+logging.getLogger("another").addHandler(handler)
+pyemma_bridge.version()
+print("closed" if handler.stream.closed else "open")
+"""
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert found.stdout.split() == ["open"]

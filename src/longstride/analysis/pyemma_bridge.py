@@ -10,9 +10,11 @@ from __future__ import annotations
 import functools
 import io
 import logging
+import logging.config
 import warnings
 from contextlib import redirect_stderr, redirect_stdout
 from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 import numpy as np
 
@@ -30,7 +32,10 @@ def _import() -> ModuleType:
     for name, value in _REMOVED.items():
         if name not in np.__dict__:
             setattr(np, name, value)
-    with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
+    # PyEMMA configures logging anew when it is imported, which closes the handlers of all other libraries: one of absl (jax's
+    # libraries) then closes the process's standard error
+    no_logging = mock.patch("logging.config.dictConfig", return_value=None)
+    with warnings.catch_warnings(), redirect_stderr(io.StringIO()), no_logging:
         warnings.simplefilter("ignore")
         import pyemma
         import pyemma.coordinates
