@@ -16,6 +16,7 @@ import openmm
 from openmm import app, unit
 
 from longstride.errors import LongstrideError
+from longstride.state import half_width
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -130,15 +131,6 @@ def box_of(topology: app.Topology) -> np.ndarray | None:
     """Return the box vectors of a topology, [3, 3] nm (rows), or None."""
     vectors = topology.getPeriodicBoxVectors()
     return None if vectors is None else np.array(vectors.value_in_unit(unit.nanometer), dtype=np.float64)
-
-
-def half_width(box: np.ndarray) -> float:
-    """Return half the smallest distance between opposite faces of a box, nm: the largest range of the minimum image.
-
-    Equation: w_i = |V / (a_j x a_k)|, the minimum over i, divided by 2.
-    """
-    faces = np.cross(box[[1, 2, 0]], box[[2, 0, 1]])
-    return float(abs(np.linalg.det(box)) / np.linalg.norm(faces, axis=1).max() / 2)
 
 
 def check_cutoff(box: np.ndarray, cutoff_nm: float | None, *, name: str) -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 if TYPE_CHECKING:
-    import numpy as np
     from torch import Tensor
 
 
@@ -51,3 +52,17 @@ class State:
     positions: Tensor
     velocities: Tensor | None = None
     box: Tensor | None = None
+
+
+def half_width(boxes: np.ndarray) -> float:
+    """Return half the smallest distance between opposite faces of boxes, nm: the largest range of the minimum image.
+
+    Equation: w_i = |V| / |a_j x a_k|, the minimum over i and over boxes, divided by 2; 0 for a flat box.
+
+    Args:
+        boxes: [..., 3, 3] nm (rows are box vectors).
+    """
+    faces = np.linalg.norm(np.cross(boxes[..., [1, 2, 0], :], boxes[..., [2, 0, 1], :]), axis=-1).max(axis=-1)
+    volumes = np.abs(np.linalg.det(boxes))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return float(np.nan_to_num(volumes / faces).min() / 2)

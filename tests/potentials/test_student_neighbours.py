@@ -157,7 +157,7 @@ def test_a_table_serves_until_an_atom_has_moved_half_the_skin(network, liquid, m
 def test_a_box_thinner_than_twice_the_reach_is_refused(network, liquid):
     system, positions, box = liquid
     student = NeighbourStudent(network, system, skin_nm=0.05)
-    with pytest.raises(LongstrideError, match=r"'liquid' is 0\.6\d\d nm thin"):
+    with pytest.raises(LongstrideError, match=r"'liquid' is 0\.6\d\d nm wide, less than twice the reach of the student"):
         student.energy_forces(State(positions=positions, box=0.55 * box))
 
 

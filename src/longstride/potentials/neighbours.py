@@ -13,12 +13,12 @@ import numpy as np
 import torch
 import vesin
 
-from longstride.errors import LongstrideError
+from longstride.potentials.periodic import check_box
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-GROWTH = 4  # slots are added by so many, so that the shapes of compiled code change seldom
+GROWTH, SPARE = 4, 2  # slots come by so many, with some to spare, so that the shapes of compiled code change seldom
 NOWHERE_NM = 30.0  # where empty slots point to, beyond any cutoff
 
 
@@ -95,7 +95,8 @@ class NeighbourList:
         # an isolated molecule is centred, so that single precision is spent on its shape
         translation = positions.mean(dim=1, keepdim=True).expand_as(positions)
         if box is not None:
-            self._check(box)
+            reach = self._cutoff + self._skin
+            check_box(box.numpy(), reach, self._name, whose="the reach of the student's neighbour tables")
             cells = torch.floor(torch.linalg.solve(box.transpose(1, 2), positions.transpose(1, 2)).transpose(1, 2))
             translation = cells @ box
         parts = [
@@ -119,16 +120,6 @@ class NeighbourList:
         i, j, shift = self._search.compute(positions, cell, box is not None, quantities="ijS")
         return i.astype(np.int64), j.astype(np.int64), shift @ cell
 
-    def _check(self, box: Tensor) -> None:
-        # heights of the cell over its faces
-        heights = 1 / torch.linalg.inv(box).norm(dim=1)
-        reach = self._cutoff + self._skin
-        if float(heights.min()) < 2 * reach:
-            raise LongstrideError(
-                f"the box of {self._name!r} is {float(heights.min()):.3f} nm thin, less than twice the reach of the student,"
-                f" {reach:.3f} nm (cutoff {self._cutoff:g} and skin {self._skin:g}); use a larger box"
-            )
-
 
 def _table(
     pairs: tuple[np.ndarray, np.ndarray, np.ndarray], *, order: np.ndarray, species: np.ndarray, capacity: np.ndarray
@@ -140,7 +131,7 @@ def _table(
     key = centre * n_species + species[neighbour]
     counts = np.bincount(key, minlength=n * n_species)
     needed = counts.reshape(n, n_species).max(axis=0)
-    capacity = np.where(needed > capacity, -(-needed // GROWTH) * GROWTH, capacity)
+    capacity = np.where(needed > capacity, -(-(needed + SPARE) // GROWTH) * GROWTH, capacity)
     # place within the run of equal keys
     run = np.argsort(key.astype(np.uint16) if n * n_species <= 2**16 else key, kind="stable")
     rank = np.empty(len(key), dtype=np.int64)

@@ -2,32 +2,28 @@
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 
 from longstride.errors import LongstrideError
+from longstride.state import half_width
 
 
-def check_box(boxes: np.ndarray, cutoff_nm: float, name: str) -> None:
+def check_box(boxes: np.ndarray, cutoff_nm: float, name: str, *, whose: str = "the teacher's cutoff") -> None:
     """Refuse boxes whose opposite faces are closer than twice the cutoff.
 
     Args:
         boxes: [batch, 3, 3] nm, rows are vectors.
         cutoff_nm: range of the potential.
         name: of the system, for the message.
+        whose: what range it is, for the message.
 
     Raises:
         LongstrideError: a box is narrower, or flat.
     """
-    volumes = np.abs(np.linalg.det(boxes))
-    areas = np.linalg.norm(np.cross(np.roll(boxes, -1, axis=1), np.roll(boxes, -2, axis=1)), axis=2)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        narrowest = np.nan_to_num(volumes[:, None] / areas).min(initial=math.inf)
-    if narrowest < 2 * cutoff_nm * (1 - 1e-6):
+    width = 2 * half_width(boxes)
+    if width < 2 * cutoff_nm * (1 - 1e-6):
         raise LongstrideError(
-            f"the box of {name!r} is {narrowest:.3f} nm wide, less than twice the teacher's cutoff of {cutoff_nm:.3f} nm; use"
-            " a larger box"
+            f"the box of {name!r} is {width:.3f} nm wide, less than twice {whose} of {cutoff_nm:.3f} nm; use a larger box"
         )
 
 

@@ -220,6 +220,8 @@ class Student:
 
     def energy_forces(self, x: State) -> tuple[Tensor, Tensor]:
         """Return U(x), [batch] kJ/mol, and forces [batch, atom, 3] kJ/mol/nm, both float64 (evaluated in `dtype`)."""
+        if x.box is not None:
+            raise LongstrideError(f"{self.system.name!r} is in a box: bind its student with periodic=True")
         with torch.inference_mode():
             energy, forces = self._energy_forces(x.positions, self._atom_weights)
         return energy.clone(), forces.to(torch.float64)  # outside, so that both are ordinary tensors

@@ -7,10 +7,8 @@ import time
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-import openmm
 import pandas as pd
 import torch
-from openmm import unit
 
 from longstride.data.atomic import atomic_path, write_text
 from longstride.data.checkpoint import fingerprint, open_state
@@ -54,14 +52,13 @@ def run(section: DistillConfig, *, prepared: Path, reference: Path, out: Path, s
     torch.set_num_threads(1)
     molecule = load_prepared(prepared)
     source = read_manifest(reference, kind="reference")
-    charge = total_charge(molecule)
     spec = TeacherSpec.of(section)
     target = spec.label_for(molecule)
     if section.shipped:
         _copy_shipped(molecule, target, out)
         return
     positions = [item["positions"] for item in read_trajectories(reference, fields=("positions",))]
-    common = (molecule.system_hash, target, spec.options, charge, source["files"], source["temperature_K"], seed)
+    common = (molecule.system_hash, target, spec.options, molecule.charge, source["files"], source["temperature_K"], seed)
     work = _Work(
         section=section,
         molecule=molecule,
@@ -73,13 +70,13 @@ def run(section: DistillConfig, *, prepared: Path, reference: Path, out: Path, s
         label_key=fingerprint("labels", *common, section.frames, code_version("distill")),
     )
     network = StudentNetwork(_metadata(section, molecule, target), torch.Generator().manual_seed(job_seed(seed, "weights")))
-    with open_teacher(spec, molecule, charge=charge, threads=threads) as teacher:
+    with open_teacher(spec, molecule, charge=molecule.charge, threads=threads) as teacher:
         result = work.distil(network, teacher)
     content = {
         "system": molecule.system.name,
         "system_hash": molecule.system_hash,
         "teacher": target,
-        "charge": charge,
+        "charge": molecule.charge,
         "environments": environments(molecule.system),
         "cutoff_nm": section.cutoff_nm,
         "temperature_K": source["temperature_K"],
@@ -267,24 +264,6 @@ def _copy_shipped(molecule: Prepared, target: str, out: Path) -> None:
     content |= {"system": molecule.system.name, "system_hash": molecule.system_hash, "shipped": source.name}
     write_manifest(out, kind="distill", files=["student.safetensors", "metrics.csv"], content=content)
     print(f"distill: the student {source.name} of the package, force error {100 * manifest['force_relative']:.1f} %")
-
-
-def total_charge(molecule: Prepared) -> int:
-    """Return the total charge of the force field's atoms in elementary charges, a whole number.
-
-    Raises:
-        LongstrideError: the partial charges do not add up to a whole number.
-    """
-    for force in molecule.openmm_system.getForces():
-        if isinstance(force, openmm.NonbondedForce):
-            charges = [force.getParticleParameters(index)[0] for index in range(force.getNumParticles())]
-            total = sum(charge.value_in_unit(unit.elementary_charge) for charge in charges)
-            if abs(total - round(total)) > 0.01:
-                raise LongstrideError(
-                    f"the partial charges of {molecule.system.name!r} add up to {total:.3f}, not a whole number"
-                )
-            return round(total)
-    return 0
 
 
 def split(frames: Labelled, n_trajectories: int) -> tuple[Labelled, Labelled]:

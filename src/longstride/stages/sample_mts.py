@@ -24,7 +24,6 @@ from longstride.fingerprints import code_version
 from longstride.potentials.student import load_student
 from longstride.provenance import provenance
 from longstride.seeds import job_seed
-from longstride.stages.distill import total_charge
 from longstride.systems import box_values, load_prepared
 from longstride.units import BOLTZMANN_KJ_PER_MOL_K, FS_PS
 
@@ -107,7 +106,7 @@ class _Job:
         self.source = read_manifest(reference, kind="reference", verify=False)
         self.temperature_K: float = self.source["temperature_K"]
         self.masses = repartitioned_masses(self.molecule.system, section.hydrogen_mass_Da)
-        self.charge = total_charge(self.molecule)
+        self.charge = self.molecule.charge
         self.student: Path | None = None
         self.identity: dict[str, Any] = {}
         self.max_slow_force = math.inf

@@ -36,7 +36,6 @@ REFERENCE_BLOCK = 64
 STEPS_PER_BLOCK = 8
 MAX_FAILED = 0.05
 SHORTEST_CHAIN = 24  # steps, where there are enough labels for four chains
-ATOMS_PER_CALL = 4096  # of the teacher, which bounds its memory
 STATE_FIELDS = ("positions", "velocities", "forces", "potential_energy", "fast_forces")
 FRAME_FIELDS = ("positions", "energies", "forces", "trajectory")
 
@@ -150,7 +149,7 @@ def label_frames(
     reference, origin = _spread(trajectories, plan.reference) if plan.reference else (np.zeros(0), np.zeros(0))
     if plan.reference > sum(len(frames) for frames in trajectories):
         raise LongstrideError(f"there are fewer than {plan.reference} reference frames to label; see LabelPlan.limited")
-    teacher, cell = _InParts(teacher), None if box is None else torch.from_numpy(box)
+    cell = None if box is None else torch.from_numpy(box)
     chains = _Chains(teacher, trajectories, plan, kT=kT, seed=seed, box=cell, fast=fast, starts=starts)
     for index in range(done, n_reference + n_dynamics):
         if index < n_reference:
@@ -193,23 +192,6 @@ def _spread(trajectories: list[np.ndarray], count: int) -> tuple[np.ndarray, np.
     return np.stack(frames).astype(np.float64), origin[chosen]
 
 
-class _InParts:
-    """A potential that is asked for few configurations of a large system at a time."""
-
-    def __init__(self, potential: Potential) -> None:
-        self._potential, self.system, self.name = potential, potential.system, potential.name
-        self._count = max(1, ATOMS_PER_CALL // potential.system.n_atoms)
-
-    def energy(self, x: State) -> torch.Tensor:
-        return self.energy_forces(x)[0]
-
-    def energy_forces(self, x: State) -> tuple[torch.Tensor, torch.Tensor]:
-        parts = [slice(first, first + self._count) for first in range(0, len(x.positions), self._count)]
-        states = [State(positions=x.positions[part], box=None if x.box is None else x.box[part]) for part in parts]
-        found = [self._potential.energy_forces(state) for state in states]
-        return torch.cat([part[0] for part in found]), torch.cat([part[1] for part in found])
-
-
 class _Chains:
     """Langevin chains on the teacher, from frames of all trajectories, at several temperatures."""
 
@@ -226,8 +208,7 @@ class _Chains:
         starts: np.ndarray | None,
     ) -> None:
         generator = np.random.default_rng(seed)
-        self._fast = None if fast is None else _InParts(fast)
-        self._teacher, self._seed, self._box = teacher, seed, repeated(box, plan.chains)
+        self._fast, self._teacher, self._seed, self._box = fast, teacher, seed, repeated(box, plan.chains)
         self.origin = torch.arange(plan.chains) % len(trajectories)
         frames = [trajectories[k][generator.integers(len(trajectories[k]))] for k in self.origin.tolist()]
         self._starts = torch.from_numpy((np.stack(frames) if starts is None else starts).astype(np.float64))
