@@ -1,11 +1,13 @@
 """The trajectory runner: frames, bitwise continuation after a kill, and the monitor."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
 from longstride.data.checkpoint import open_state
-from longstride.dynamics.integrators import baoab, half_step_velocities, respa_baoab, start, thermal_velocities
+from longstride.dynamics.integrators import MDState, baoab, half_step_velocities, respa_baoab, start, thermal_velocities
 from longstride.dynamics.runner import Monitor, RunPlan, run_trajectory
 from longstride.errors import NumericsError
 from longstride.state import State, System
@@ -190,8 +192,41 @@ def test_monitor_stops_on_a_blow_up(folder):
     def step(md, generator):
         return baoab(md, potential=Well(), dt=0.02, kT=KT, friction=0.0, generator=generator)  # far beyond stability
 
-    with pytest.raises(NumericsError, match=r"the temperature is \d+ K, target 300 K"):
+    with pytest.raises(NumericsError, match=r"the temperature of \w+ is \d+ K, target 300 K"):
         job(folder, step=step)
+
+
+def test_monitor_stops_when_one_element_is_hot():
+    # 400 heavy atoms hide 20 hot hydrogens from the temperature of all
+    numbers = np.array([6] * 400 + [1] * 20)
+    system = replace(
+        SYSTEM,
+        atomic_numbers=numbers,
+        masses=np.where(numbers == 1, 1.008, 12.011),
+        bonds=np.zeros((0, 2), dtype=np.int64),
+        atom_names=("X",) * 420,
+        residue_names=("ALA",) * 420,
+        residue_indices=np.zeros(420, dtype=np.int64),
+    )
+    monitor = Monitor(system=system, temperature_K=300.0)
+    masses = torch.from_numpy(system.masses)
+    velocities = thermal_velocities((2, 420, 3), masses, KT, torch.Generator().manual_seed(0))
+    nothing = torch.zeros(2, 420, 3, dtype=torch.float64)
+    md = MDState(positions=nothing, velocities=velocities, forces=nothing, potential_energy=nothing[:, 0, 0], masses=masses)
+    monitor.check(md, time_ps=0.0)
+    hot = velocities.clone()
+    hot[1, 400:] *= 6**0.5
+    with pytest.raises(NumericsError, match=r"the temperature of H is \d+ K, target 300 K \(replica 1\)"):
+        monitor.check(replace(md, velocities=hot), time_ps=0.0)
+    assert float(replace(md, velocities=hot).temperature_K.max()) < monitor.max_temperature_K(420)  # all atoms do not tell
+
+
+def test_the_limit_of_temperatures_is_that_of_chi_squared():
+    monitor = Monitor(system=SYSTEM, temperature_K=300.0)
+    samples = np.random.default_rng(0).chisquare(66, size=200_000) / 66 * 300.0
+    assert samples.max() < monitor.max_temperature_K(22)
+    assert monitor.max_temperature_K(22) < 1000.0
+    assert monitor.max_temperature_K(1) > monitor.max_temperature_K(22) > monitor.max_temperature_K(1000) > 300.0
 
 
 def test_monitor_stops_on_a_nan_force(folder):

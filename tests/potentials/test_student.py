@@ -234,3 +234,8 @@ def test_refusals_are_one_line(tmp_path, alanine):
     write_arrays(tmp_path / "less.safetensors", arrays, metadata)
     with pytest.raises(DataError, match="incomplete"):
         load_student(tmp_path / "less.safetensors")
+
+
+def test_a_box_is_refused_by_the_student_of_all_pairs(student, frames):
+    with pytest.raises(LongstrideError, match="periodic=True"):
+        student.energy_forces(State(positions=frames, box=3.0 * torch.eye(3, dtype=torch.float64).expand(3, 3, 3)))

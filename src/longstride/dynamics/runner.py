@@ -5,13 +5,17 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from ase.data import chemical_symbols
+from scipy.stats import chi2
 
 from longstride.dynamics.integrators import MDState, half_step_velocities, whole_steps
 from longstride.errors import NumericsError
+from longstride.units import BOLTZMANN_KJ_PER_MOL_K
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -22,12 +26,13 @@ if TYPE_CHECKING:
     from longstride.data.checkpoint import StateFolder
     from longstride.state import System
 
+NEVER = 1e-15  # probability per look
 FIELDS = ("positions", "velocities", "forces", "potential_energy", "masses", "fast_forces", "box")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Monitor:
-    """Limits that a healthy trajectory never touches.
+    """Limits that a healthy trajectory never touches: of the slow force, and of temperatures, of all atoms and per element.
 
     Attributes:
         system: names the offending atom.
@@ -54,7 +59,7 @@ class Monitor:
 
     def _healthy(self, md: MDState) -> bool:
         """Few operations, since this runs every step; comparisons with NaN are false."""
-        cold = float(md.temperature_K.max()) <= self.max_temperature_K(len(md.masses))
+        cold = bool((self._temperatures(md) <= self._limits).all())
         # a sum over all replicas is finite only where every summand is
         if not (cold and math.isfinite(float(md.potential_energy.sum())) and math.isfinite(float(md.forces.sum()))):
             return False
@@ -79,17 +84,40 @@ class Monitor:
             found = f"{float(size.max()):.4g} kJ/mol/nm, limit {self.max_slow_force:g}"
             what = f"reference and fast force differ too much, by {found}"
             raise NumericsError(self._line(what, replica, atom, time_ps))
-        hottest = int(md.temperature_K.argmax())
-        if md.temperature_K[hottest] > self.max_temperature_K(len(md.masses)):
-            what = f"the temperature is {float(md.temperature_K[hottest]):.0f} K, target {self.temperature_K:g} K"
-            raise NumericsError(self._line(what, hottest, None, time_ps))
+        temperatures = self._temperatures(md)
+        excess = temperatures - self._limits
+        replica, group = divmod(int(excess.argmax()), excess.shape[1])
+        if excess[replica, group] > 0:
+            of = f" of {chemical_symbols[self._elements[group - 1]]}" if group else ""
+            what = f"the temperature{of} is {float(temperatures[replica, group]):.0f} K, target {self.temperature_K:g} K"
+            raise NumericsError(self._line(what, replica, None, time_ps))
+
+    @cached_property
+    def _elements(self) -> list[int]:
+        return [int(number) for number in np.unique(self.system.atomic_numbers)]
+
+    @cached_property
+    def _groups(self) -> torch.Tensor:
+        """Membership [atom, group]: all atoms, then each element."""
+        numbers = torch.from_numpy(np.asarray(self.system.atomic_numbers))
+        return torch.stack([numbers > 0, *(numbers == number for number in self._elements)], dim=1).to(torch.float64)
+
+    @cached_property
+    def _limits(self) -> torch.Tensor:
+        return torch.tensor([self.max_temperature_K(int(count)) for count in self._groups.sum(dim=0)], dtype=torch.float64)
+
+    def _temperatures(self, md: MDState) -> torch.Tensor:
+        """Return kinetic temperatures, [replica, group] K; hydrogen heats first where an outer step resonates."""
+        square = md.masses * md.velocities.square().sum(dim=2)
+        return (square @ self._groups) / (3 * BOLTZMANN_KJ_PER_MOL_K * self._groups.sum(dim=0))
 
     def max_temperature_K(self, n_atoms: int) -> float:
-        """Return the blow-up limit, 12 standard deviations of the kinetic temperature above its mean.
+        """Return the blow-up limit of the kinetic temperature of so many atoms.
 
-        Equation: T (1 + 12 sqrt(2 / 3N)), since K is a sum of 3N squares.
+        Equation: T q / 3N, where q is what a chi-squared variable of 3N degrees of freedom exceeds with probability 1e-15:
+        never by chance, however long a run.
         """
-        return self.temperature_K * (1 + 12 * math.sqrt(2 / (3 * n_atoms)))
+        return self.temperature_K * float(chi2.isf(NEVER, 3 * n_atoms)) / (3 * n_atoms)
 
     def _line(self, what: str, replica: int, atom: int | None, time_ps: float) -> str:
         where = f"replica {self.first_replica + replica}"
