@@ -149,8 +149,7 @@ def prepare(
 ) -> Prepared:
     """Parametrise, relabel canonically and minimise a molecule, in a box of water where there is a `solvent`.
 
-    A box is cubic, its water flexible, its electrostatics and, beyond the cutoff, its mean dispersion those of OpenMM
-    (particle-mesh Ewald). There are no constraints anywhere.
+    A box is cubic, its water flexible; its electrostatics is particle-mesh Ewald. There are no constraints anywhere.
 
     Args:
         topology: heavy atoms or all atoms.
@@ -165,8 +164,7 @@ def prepare(
         solvent: water to add.
 
     Raises:
-        LongstrideError: unknown force field, residue without a template, missing atoms, overlapping atoms; with a solvent
-            also an implicit force field, or a box smaller than twice the cutoff.
+        LongstrideError: unknown force field, residue without a template, missing or overlapping atoms, a box too small.
     """
     source = source or name
     if solvent is not None:
@@ -174,11 +172,7 @@ def prepare(
     field = _load_force_field(force_field, ligand)
     modeller = app.Modeller(topology, positions)
     if add_hydrogens:
-        try:
-            with seeded_random():
-                modeller.addHydrogens(field, pH=7.0, variants=variants, platform=_reference_platform())
-        except (ValueError, KeyError, openmm.OpenMMException) as error:
-            raise LongstrideError(_template_message(error, source)) from error
+        _add_hydrogens(modeller, field, variants, source=source)
     check_overlap(modeller.topology, _as_array(modeller.positions), box=None, source=source)
     if ligand is not None:
         _add_ligand(modeller, ligand, source=source)
@@ -186,13 +180,9 @@ def prepare(
         modeller = add_water(modeller, field, solvent, name=name)
     complete = _sorted_bonds(modeller.topology)
     box = box_of(complete)
-    if box is not None:
-        check_cutoff(box, cutoff_nm, name=name)
     openmm_system = _create_system(field, complete, cutoff_nm, source)
     system = describe(complete, openmm_system, name=name)
-    start = canonical_labels(system, _as_array(modeller.positions))
-    # a box is one of many minima and is equilibrated before use: only what is too close must go
-    start = canonical_labels(system, minimise(openmm_system, start, tolerance=2.0 if box is None else 10.0))
+    start = _relaxed(system, openmm_system, _as_array(modeller.positions))
     check_overlap(complete, start, box=box, source=source)
     return Prepared(
         system=system,
@@ -209,6 +199,20 @@ def prepare(
 def _target(force_field: tuple[str, ...], ligand: Ligand | None, *, periodic: bool) -> str:
     parts = [Path(item).stem for item in force_field]
     return "-".join([*parts, *([ligand.label] if ligand else []), *(["pme"] if periodic else [])])
+
+
+def _relaxed(system: System, openmm_system: openmm.System, positions: np.ndarray) -> np.ndarray:
+    # a box is one of many minima and is equilibrated before use: only what is too close must go
+    tolerance = 10.0 if openmm_system.usesPeriodicBoundaryConditions() else 2.0
+    return canonical_labels(system, minimise(openmm_system, canonical_labels(system, positions), tolerance=tolerance))
+
+
+def _add_hydrogens(modeller: app.Modeller, field: app.ForceField, variants: list[str | None] | None, *, source: str) -> None:
+    try:
+        with seeded_random():
+            modeller.addHydrogens(field, pH=7.0, variants=variants, platform=_reference_platform())
+    except (ValueError, KeyError, openmm.OpenMMException) as error:
+        raise LongstrideError(_template_message(error, source)) from error
 
 
 def _add_ligand(modeller: app.Modeller, ligand: Ligand, *, source: str) -> None:
@@ -524,7 +528,9 @@ def _load_force_field(files: tuple[str, ...], ligand: Ligand | None) -> app.Forc
 
 def _create_system(field: app.ForceField, topology: app.Topology, cutoff_nm: float | None, source: str) -> openmm.System:
     method = app.NoCutoff if cutoff_nm is None else app.CutoffNonPeriodic
-    if topology.getPeriodicBoxVectors() is not None:
+    box = box_of(topology)
+    if box is not None:
+        check_cutoff(box, cutoff_nm, name=source)
         method = app.PME
     options = {} if cutoff_nm is None else {"nonbondedCutoff": cutoff_nm * unit.nanometer}
     try:

@@ -90,24 +90,13 @@ def train(
     generator = torch.Generator().manual_seed(seed)
     optimiser = Muon(network.parameters(), lr=section.learning_rate)
     step, rows = _restore(store, network, optimiser, generator)
-    positions, targets = frames.positions, frames.forces.to(student.dtype)
-    force_scale = targets.square().mean().sqrt()
-    energy_scale = max(float(frames.energies.std()), 1e-6) if len(frames) > 1 else 1.0
-    bonds = torch.from_numpy(np.asarray(student.system.bonds))
-    bond_scale = along_bonds(positions, frames.forces, bonds)[0].square().mean().sqrt() if len(bonds) else None
+    loss_of = _Loss(frames, student, bond_weight=section.bond_weight)
     while step < steps:
         rate = learning_rate(step, peak=section.learning_rate, steps=steps)
         for group in optimiser.param_groups:
             group["lr"] = rate
         chosen = torch.randint(len(frames), (section.batch_size,), generator=generator)
-        energies, forces = student.network_forces(positions[chosen], frames.boxes(len(chosen)))
-        force_loss = ((forces - targets[chosen]) / force_scale).square().mean()
-        residual = energies - frames.energies[chosen]
-        energy_loss = ((residual - residual.mean()) / energy_scale).square().mean()
-        loss = force_loss + ENERGY_WEIGHT * energy_loss.to(force_loss.dtype)
-        if section.bond_weight > 0 and bond_scale is not None:
-            wrong, _ = along_bonds(positions[chosen], forces - targets[chosen], bonds)
-            loss = loss + section.bond_weight * (wrong / bond_scale).square().mean().to(loss.dtype)
+        loss, force_loss = loss_of(chosen)
         optimiser.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(network.parameters(), MAX_GRADIENT)
@@ -122,6 +111,38 @@ def train(
             progress.update(step, f"force error {math.sqrt(force_loss.item()):.3f}")
     fit_shifts(network, student, frames)
     return rows
+
+
+class _Loss:
+    """The loss of a batch of frames; see the module's text.
+
+    Args:
+        frames: all of them, whose mean squares are the scales.
+        student: the network bound to their molecule.
+        bond_weight: of forces along bonds.
+    """
+
+    def __init__(self, frames: Labelled, student: AnyStudent, *, bond_weight: float) -> None:
+        self._frames, self._student, self._targets = frames, student, frames.forces.to(student.dtype)
+        self._force_scale = self._targets.square().mean().sqrt()
+        self._energy_scale = max(float(frames.energies.std()), 1e-6) if len(frames) > 1 else 1.0
+        self._bonds = torch.from_numpy(np.asarray(student.system.bonds))
+        self._bond_weight = bond_weight if len(self._bonds) else 0.0
+        if self._bond_weight:
+            self._bond_scale = along_bonds(frames.positions, frames.forces, self._bonds)[0].square().mean().sqrt()
+
+    def __call__(self, chosen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the loss of the frames with these numbers, and its part of the forces."""
+        positions, targets = self._frames.positions[chosen], self._targets[chosen]
+        energies, forces = self._student.network_forces(positions, self._frames.boxes(len(chosen)))
+        force_loss = ((forces - targets) / self._force_scale).square().mean()
+        residual = energies - self._frames.energies[chosen]
+        energy_loss = ((residual - residual.mean()) / self._energy_scale).square().mean()
+        loss = force_loss + ENERGY_WEIGHT * energy_loss.to(force_loss.dtype)
+        if self._bond_weight:
+            wrong, _ = along_bonds(positions, forces - targets, self._bonds)
+            loss = loss + self._bond_weight * (wrong / self._bond_scale).square().mean().to(loss.dtype)
+        return loss, force_loss
 
 
 def learning_rate(step: int, *, peak: float, steps: int) -> float:
