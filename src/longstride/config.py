@@ -328,6 +328,12 @@ class DistillConfig(Section):
         default=False, description="use the student of this teacher that comes with the package; nothing is labelled or trained"
     )
     frames: int = Field(2800, ge=20, description="teacher-labelled frames, the held-out ones included")
+    label_stride: int = Field(
+        1, ge=1, description="teacher calls per frame of the Langevin chains; a liquid relaxes to its teacher over a picosecond"
+    )
+    label_heat: tuple[Annotated[float, Field(ge=0.5, le=5)], ...] = Field(
+        (1.0, 1.3, 1.7), min_length=1, description="temperatures of these chains, relative to the target; liquids stay below 1.3"
+    )
     cutoff_nm: float = Field(0.35, gt=0.1, le=1.0, description="range of the student")
     radial: int = Field(6, ge=2, le=32, description="radial functions per element of neighbours")
     channels: int = Field(16, ge=2, description="rotation invariants per angular degree (0 to 3)")

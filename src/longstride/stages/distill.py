@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
@@ -59,6 +59,7 @@ def run(section: DistillConfig, *, prepared: Path, reference: Path, out: Path, s
         return
     positions = [item["positions"] for item in read_trajectories(reference, fields=("positions",))]
     common = (molecule.system_hash, target, spec.options, molecule.charge, source["files"], source["temperature_K"], seed)
+    labelling = (section.frames, section.label_stride, section.label_heat)
     work = _Work(
         section=section,
         molecule=molecule,
@@ -67,7 +68,7 @@ def run(section: DistillConfig, *, prepared: Path, reference: Path, out: Path, s
         seed=seed,
         state=state,
         key=fingerprint("distill", *common, section.model_dump(), code_version("distill")),
-        label_key=fingerprint("labels", *common, section.frames, code_version("distill")),
+        label_key=fingerprint("labels", *common, *labelling, code_version("distill")),
     )
     network = StudentNetwork(_metadata(section, molecule, target), torch.Generator().manual_seed(job_seed(seed, "weights")))
     with open_teacher(spec, molecule, charge=molecule.charge, threads=threads) as teacher:
@@ -118,7 +119,8 @@ class _Work:
     def distil(self, network: StudentNetwork, teacher: Potential) -> _Result:
         """Fit `network` in place: to the first frames, then to those that its own dynamics adds, round after round."""
         timing = {"label_s": 0.0, "train_s": 0.0}
-        plan = LabelPlan.of(self.section.frames).limited(sum(len(part) for part in self.trajectories))
+        plan = replace(LabelPlan.of(self.section.frames), stride=self.section.label_stride, heat=self.section.label_heat)
+        plan = plan.limited(sum(len(part) for part in self.trajectories))
         frames, starts = self._label(teacher, plan, folder="labels", timing=timing)
         calls, rows, rounds = plan.total, [], []
         for index in range(self.section.rounds + 1):
@@ -150,7 +152,8 @@ class _Work:
     def _driven_plan(self, starts: np.ndarray) -> LabelPlan:
         chains = len(starts)
         steps = max(1, round(self.section.round_frames * self.section.round_stride / chains) - 1)
-        return LabelPlan(reference=0, chains=chains, steps=steps)
+        section = self.section
+        return LabelPlan(reference=0, chains=chains, steps=steps, heat=section.label_heat, hole=section.hole_kJ_per_mol_nm)
 
     def _student(self, network: StudentNetwork) -> AnyStudent:
         return network.bind(self.molecule.system, periodic=self.molecule.box is not None)

@@ -3,14 +3,17 @@
 Reference frames come from another potential, so their stiff coordinates are displaced and too narrow for the teacher.
 Short Langevin runs on the teacher, at the target temperature and above, give frames of its own distribution and of what lies
 around it, where a student is used between two teacher calls. Only positions matter there, so every atom weighs 12 Da,
-which slows all bonds down to where one step decorrelates stiff forces, and every teacher call is a label.
+which slows all bonds down to where one step decorrelates stiff forces, and every teacher call can be a label. A liquid relaxes
+from the reference potential to the teacher over a picosecond, so there only every so many of them is kept.
 
 A student that was trained on such frames may still be wrong where its own dynamics leads (a hole). Multi-time-step dynamics
-with it in the inner steps goes there, and each of its teacher calls is the label of just the frame that was missing.
+with it in the inner steps goes there, and each of its teacher calls is the label of just the frame that was missing. Beyond
+a hole such dynamics is about nothing: the chain starts again.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -30,8 +33,8 @@ MASS_DA = 12.0
 TIMESTEP_PS = 3.5e-3
 DRIVEN_STEPS = 3  # of the student between two teacher calls; with all atoms of 12 Da below half the period of any bond
 FRICTION_PER_PS = 5.0
-HEAT = (1.0, 1.3, 1.7)  # chain temperatures, relative to the target
-MAX_TEMPERATURE_RATIO = 4.0
+MAX_TEMPERATURE_RATIO = 4.0  # of a whole chain
+MAX_ATOM_RATIO = 20.0  # of one atom; by chance once in 2e12 times
 REFERENCE_BLOCK = 64
 STEPS_PER_BLOCK = 8
 MAX_FAILED = 0.05
@@ -42,15 +45,27 @@ FRAME_FIELDS = ("positions", "energies", "forces", "trajectory")
 
 @dataclass(frozen=True, kw_only=True)
 class LabelPlan:
-    """How many frames of each kind. `chains` Langevin chains of `steps` steps, and `reference` frames as they are."""
+    """How many frames of each kind: `reference` frames as they are, and those of Langevin chains.
+
+    Attributes:
+        reference: frames of the reference trajectories.
+        chains: Langevin chains.
+        steps: frames of each chain after its first.
+        stride: teacher calls per frame of a chain.
+        heat: chain temperatures, relative to the target; chains take them in turn.
+        hole: where the student that drives a chain is wrong by more on any atom, kJ/mol/nm, the chain starts again.
+    """
 
     reference: int
     chains: int
     steps: int
+    stride: int = 1
+    heat: tuple[float, ...] = (1.0, 1.3, 1.7)
+    hole: float = math.inf
 
     @classmethod
     def of(cls, frames: int, *, chains: int = 24, reference_fraction: float = 0.2) -> LabelPlan:
-        """Divide a total number of labels; every label costs one teacher call. Few labels make few chains, not short ones."""
+        """Divide a total number of frames. Few frames make few chains, not short ones."""
         reference = max(1, round(reference_fraction * frames))
         dynamics = frames - reference
         chains = max(1, min(chains, dynamics // 4, max(4, dynamics // SHORTEST_CHAIN)))
@@ -69,7 +84,7 @@ class LabelPlan:
     @property
     def total(self) -> int:
         """Teacher calls, the first of every chain included."""
-        return self.reference + self.chains * (self.steps + 1)
+        return self.reference + self.chains * (self.steps * self.stride + 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,7 +193,7 @@ def ends(store: StateFolder) -> np.ndarray | None:
 def _labels_after(plan: LabelPlan, blocks: int) -> int:
     n_reference = plan.blocks[0]
     steps = max(0, blocks - n_reference) * STEPS_PER_BLOCK
-    moved = plan.chains * (min(plan.steps, steps) + (steps > 0))
+    moved = plan.chains * (min(plan.steps, steps) * plan.stride + (steps > 0))
     return min(plan.reference, blocks * REFERENCE_BLOCK) + moved
 
 
@@ -213,12 +228,13 @@ class _Chains:
         frames = [trajectories[k][generator.integers(len(trajectories[k]))] for k in self.origin.tolist()]
         self._starts = torch.from_numpy((np.stack(frames) if starts is None else starts).astype(np.float64))
         # trajectories and temperatures are combined, not aligned, where their numbers share a factor
-        heat = [HEAT[(chain + chain // len(trajectories)) % len(HEAT)] for chain in range(plan.chains)]
+        heat = [plan.heat[(chain + chain // len(trajectories)) % len(plan.heat)] for chain in range(plan.chains)]
+        self._stride, self._hole = plan.stride, plan.hole
         self._kT = kT * torch.tensor(heat, dtype=torch.float64)[:, None, None]
         self._masses = torch.full((self._starts.shape[1],), MASS_DA, dtype=torch.float64)
 
     def advance(self, arrays: dict[str, np.ndarray], steps: int) -> tuple[dict[str, torch.Tensor], dict[str, np.ndarray]]:
-        """Return the labels of `steps` steps from the saved state (or the start), and the state after them."""
+        """Return the next `steps` labels of every chain, after the saved state (or the start), and the state after them."""
         generator = torch.Generator().manual_seed(self._seed)
         found: list[MDState] = []
         if "velocities" in arrays:
@@ -229,9 +245,10 @@ class _Chains:
             velocities = thermal_velocities(self._starts.shape, self._masses, self._kT, generator)
             md = self._begin(velocities)
             found.append(md)
-        for _ in range(steps):
+        for step in range(1, steps * self._stride + 1):
             md = self._step(md, generator)
-            found.append(md)
+            if step % self._stride == 0:
+                found.append(md)
             md = self._back_to_start(md, generator)
         labels = {
             "positions": torch.cat([item.positions for item in found]),
@@ -261,9 +278,13 @@ class _Chains:
         )
 
     def _back_to_start(self, md: MDState, generator: torch.Generator) -> MDState:
-        """Return chains that failed or ran hot to where they began, with fresh velocities."""
-        hot = md.kinetic_energy > MAX_TEMPERATURE_RATIO * 1.5 * len(self._masses) * self._kT.flatten()
-        bad = hot | ~torch.isfinite(md.potential_energy) | ~torch.isfinite(md.kinetic_energy)
+        """Return chains that failed, ran hot or met a hole to where they began, with fresh velocities."""
+        per_atom = 0.5 * self._masses * md.velocities.square().sum(dim=2)
+        ratio = per_atom / (1.5 * self._kT[:, :, 0])
+        bad = (ratio.mean(dim=1) > MAX_TEMPERATURE_RATIO) | (ratio.amax(dim=1) > MAX_ATOM_RATIO)
+        if self._fast is not None:
+            bad |= (md.forces - md.fast_forces).norm(dim=2).amax(dim=1) > self._hole
+        bad |= ~(torch.isfinite(md.potential_energy) & torch.isfinite(ratio).all(dim=1))
         if not bad.any():
             return md
         velocities = thermal_velocities(self._starts.shape, self._masses, self._kT, generator)
