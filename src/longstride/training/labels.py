@@ -79,7 +79,12 @@ class LabelPlan:
     @property
     def blocks(self) -> tuple[int, int]:
         """Number of blocks of reference frames, and of dynamics."""
-        return -(-self.reference // REFERENCE_BLOCK), -(-self.steps // STEPS_PER_BLOCK)
+        return -(-self.reference // REFERENCE_BLOCK), -(-self.steps // self.block_steps)
+
+    @property
+    def block_steps(self) -> int:
+        """Frames of every chain that are computed, and kept on disk, at a time."""
+        return max(1, STEPS_PER_BLOCK // self.stride)
 
     @property
     def total(self) -> int:
@@ -174,8 +179,8 @@ def label_frames(
             block = {"positions": x, "energies": energies, "forces": forces, "trajectory": torch.from_numpy(origin[part])}
             following = arrays
         else:
-            first = (index - n_reference) * STEPS_PER_BLOCK
-            block, following = chains.advance(arrays, min(STEPS_PER_BLOCK, plan.steps - first))
+            first = (index - n_reference) * plan.block_steps
+            block, following = chains.advance(arrays, min(plan.block_steps, plan.steps - first))
         store.save_block(index, {key: value.numpy() for key, value in block.items()})
         store.save(index + 1, following or {"empty": np.zeros(0)})
         arrays = following
@@ -192,7 +197,7 @@ def ends(store: StateFolder) -> np.ndarray | None:
 
 def _labels_after(plan: LabelPlan, blocks: int) -> int:
     n_reference = plan.blocks[0]
-    steps = max(0, blocks - n_reference) * STEPS_PER_BLOCK
+    steps = max(0, blocks - n_reference) * plan.block_steps
     moved = plan.chains * (min(plan.steps, steps) * plan.stride + (steps > 0))
     return min(plan.reference, blocks * REFERENCE_BLOCK) + moved
 
