@@ -195,6 +195,37 @@ def test_driven_labelling_continues_bitwise(trajectories, tmp_path):
         assert torch.equal(getattr(whole, key), getattr(parts, key)), key
 
 
+def test_beyond_a_hole_the_chain_starts_again(trajectories, tmp_path):
+    found = {}
+    for hole in (1500.0, float("inf")):
+        plan = LabelPlan(reference=0, chains=6, steps=40, hole=hole)
+        student = Scaled(0.6)
+        with open_state(tmp_path / str(hole), "key") as store:
+            frames = label_frames(Springs(), trajectories, plan=plan, kT=KT, seed=4, store=store, fast=student)
+        error = (0.4 * frames.forces).norm(dim=2).amax(dim=1).reshape(41, 6)
+        again = frames.positions.reshape(41, 6, 3, 3)[1:] - frames.positions.reshape(41, 6, 3, 3)[:1]
+        found[hole] = (error, again.abs().amax(dim=(2, 3)))
+    error, moved = found[1500.0]
+    beyond = error[:-1] > 1500.0
+    assert 5 < int(beyond.sum()) < beyond.numel() / 2
+    # one step after a hole a chain is one step away from its start; without the rule it is wherever it was led
+    one_step = moved[0].max() * 2
+    assert float(moved[1:][beyond[1:]].max()) < one_step
+    error, moved = found[float("inf")]
+    assert float(moved[1:][error[1:-1] > 1500.0].max()) > one_step
+
+
+def test_a_stride_makes_chains_longer_and_frames_fewer(trajectories, tmp_path):
+    teacher, plan = Springs(), LabelPlan(reference=0, chains=4, steps=6, stride=5, heat=(1.0,))
+    with open_state(tmp_path, "key") as store:
+        sparse = label_frames(teacher, trajectories, plan=plan, kT=KT, seed=1, store=store)
+    assert (len(sparse), plan.total, teacher.calls) == (28, 124, 31)
+    plan = LabelPlan(reference=0, chains=4, steps=30, heat=(1.0,))
+    with open_state(tmp_path / "all", "key") as store:
+        every = label_frames(Springs(), trajectories, plan=plan, kT=KT, seed=1, store=store)
+    assert torch.equal(every.positions.reshape(31, 4, 3, 3)[::5], sparse.positions.reshape(7, 4, 3, 3))
+
+
 def test_largest_errors_find_the_frame_with_a_hole(frames):
     student = StudentNetwork(METADATA, torch.Generator().manual_seed(1))(WATER)
     forces = predict(student, frames)[1]
