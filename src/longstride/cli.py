@@ -64,6 +64,15 @@ def build_parser() -> argparse.ArgumentParser:
     _folders(flow, "prepared", "shards", "out", "state")
     distill = _command(commands, "distill", _distill, "teacher labels -> 3.5 Å student potential", cfg.DistillConfig)
     _folders(distill, "prepared", "reference", "out", "state")
+    distill.add_argument(
+        "--start", type=Path, metavar="DIR", help="folder of distill-family, whose student this one starts from (default: none)"
+    )
+    of_many = "teacher labels of several systems -> one student for all"
+    family = _command(commands, "distill-family", _distill_family, of_many, cfg.DistillConfig)
+    _folders(family, "out", "state")
+    for stage in ("prepared", "reference"):
+        folders = f"folders of the {stage.replace('prepared', 'prepare')} stage, of the systems in one order"
+        family.add_argument(f"--{stage}", nargs="+", required=True, type=Path, metavar="DIR", help=folders)
     _add_transfer(commands)
     _add_sample(commands)
     umbrella = "independent free energy of phi: umbrella sampling and WHAM"
@@ -432,9 +441,20 @@ def _distill(options: argparse.Namespace) -> None:
     config = _load(options, "distill")
     name = _system_name(options, config)
     job = {**_folders_of(options, "prepared", "reference"), "seed": _seed(config, "distill", name), "threads": options.threads}
-    make = partial(distill.run, config.distill, **job)
+    make = partial(distill.run, config.distill, **job, family=options.start)
     view = cfg.stage_view(config, "distill", system=name)
-    _once(options, module="distill", view=view, inputs=[options.prepared, options.reference], make=make)
+    inputs = [options.prepared, options.reference, *([options.start] if options.start else [])]
+    _once(options, module="distill", view=view, inputs=inputs, make=make)
+
+
+def _distill_family(options: argparse.Namespace) -> None:
+    from longstride.stages import distill
+
+    config = _load(options, "distill")
+    job = {**_folders_of(options, "prepared", "reference"), "seed": _seed(config, "distill"), "threads": options.threads}
+    make = partial(distill.run_family, config.distill, **job)
+    view = {"family": True, **cfg.stage_view(config, "distill")}
+    _once(options, module="distill", view=view, inputs=[*options.prepared, *options.reference], make=make)
 
 
 def _chains(options: argparse.Namespace) -> None:

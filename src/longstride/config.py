@@ -327,12 +327,16 @@ class DistillConfig(Section):
     shipped: bool = Field(
         default=False, description="use the student of this teacher that comes with the package; nothing is labelled or trained"
     )
-    frames: int = Field(2800, ge=20, description="teacher-labelled frames, the held-out ones included")
+    family: bool = Field(default=False, description="first train one student of all systems of the run together")
+    fine_tune_steps: int = Field(
+        0, ge=0, description="optimiser steps on each system after those of the family; 0 leaves the family's student as it is"
+    )
+    frames: int = Field(2800, ge=20, description="teacher-labelled frames of every system, the held-out ones included")
     label_stride: int = Field(
         1, ge=1, description="teacher calls per frame of the Langevin chains; a liquid relaxes to its teacher over a picosecond"
     )
     label_heat: tuple[Annotated[float, Field(ge=0.5, le=5)], ...] = Field(
-        (1.0, 1.3, 1.7), min_length=1, description="temperatures of these chains, relative to the target; liquids stay below 1.3"
+        (1.0, 1.3, 1.7), min_length=1, description="their temperatures, relative to the target; liquids stay below 1.3"
     )
     cutoff_nm: float = Field(0.35, gt=0.1, le=1.0, description="range of the student")
     radial: int = Field(6, ge=2, le=32, description="radial functions per element of neighbours")
@@ -355,6 +359,14 @@ class DistillConfig(Section):
     batch_size: int = Field(16, ge=1, description="frames per optimiser step")
     learning_rate: float = Field(1e-2, gt=0, description="peak learning rate (Muon, warm-up, cosine decay)")
     checkpoint_every_steps: int = Field(250, ge=1, description="optimiser steps between checkpoints")
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> DistillConfig:
+        if self.shipped and self.family:
+            raise ValueError("shipped takes the student of the package, family trains one; set only one of them")
+        if self.fine_tune_steps and not self.family:
+            raise ValueError("fine_tune_steps follow the training of a family; set family: true, or max_steps for one system")
+        return self
 
 
 class MDSampling(Section):

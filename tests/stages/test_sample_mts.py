@@ -1,5 +1,9 @@
 """The distill, mts and sts stages end to end, with the force field standing in for the expensive teacher."""
 
+import dataclasses
+import json
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -9,11 +13,13 @@ from longstride.data.atomic import read_arrays
 from longstride.data.frames import write_trajectory
 from longstride.data.manifest import read_manifest, write_manifest
 from longstride.dynamics import replicas
-from longstride.errors import DataError, NumericsError
+from longstride.errors import DataError, LongstrideError, NumericsError
 from longstride.potentials.amber import AmberPotential
 from longstride.potentials.teachers import TeacherSpec
 from longstride.stages import distill, sample_mts
 from longstride.state import State
+from longstride.systems import save_prepared
+from longstride.training import distillation
 from longstride.training.labels import Labelled, LabelPlan
 
 DISTILL = DistillConfig(
@@ -86,7 +92,7 @@ def teacher(alanine, monkeypatch):
         def __exit__(self, *_):
             pass
 
-    for module in (distill, replicas):
+    for module in (distillation, replicas):
         monkeypatch.setattr(module, "open_teacher", Teacher)
     return Teacher
 
@@ -160,8 +166,65 @@ def test_the_whole_path(tmp_path, alanine_folder, reference, teacher, capsys):
         run_mts(tmp_path, alanine_folder, reference, distilled, name="other", teacher="gfn1-xtb")
 
 
+def test_one_student_of_a_family_serves_every_member(tmp_path, alanine, alanine_folder, reference, teacher):
+    other = tmp_path / "other"
+    renamed = dataclasses.replace(alanine, system=dataclasses.replace(alanine.system, name="other"))
+    save_prepared(other, renamed, {"temperature_K": 310.0})
+    shared = {"out": tmp_path / "family", "state": tmp_path / "family.state", "seed": 3, "threads": 1}
+    folders = {"prepared": [alanine_folder, other], "reference": [reference, reference]}
+    section = DISTILL.model_copy(update={"family": True})
+    teacher.dies_at = 9
+    with pytest.raises(Kill):
+        distill.run_family(section, **folders, **shared)
+    teacher.dies_at = None
+    before = teacher.calls
+    distill.run_family(section, **folders, **shared)
+    once = teacher.calls - before
+    found = read_manifest(tmp_path / "family", kind="distill")
+    assert found["systems"] == list(found["members"]) == ["alanine-dipeptide", "other"]
+    members = found["members"].values()
+    assert found["frames"]["train"] == sum(one["frames"]["train"] for one in members)
+    assert found["force_relative"] == pytest.approx(sum(one["force_relative"] for one in members) / 2)
+    card = (tmp_path / "family" / "README.md").read_text()
+    assert f"{100 * found['force_relative']:.1f} %" in card
+    assert "| other | 22 |" in card
+    # untouched for a member, without any label
+    calls = teacher.calls
+    for name, prepared in (("first", alanine_folder), ("second", other)):
+        job = {"prepared": prepared, "reference": reference, "out": tmp_path / name, "state": tmp_path / f"{name}.state"}
+        distill.run(section, **job, seed=1, threads=1, family=tmp_path / "family")
+    assert teacher.calls == calls
+    same = [(tmp_path / name / "student.safetensors").read_bytes() for name in ("family", "first", "second")]
+    assert same[0] == same[1] == same[2]
+    assert read_manifest(tmp_path / "second", kind="distill")["system"] == "other"
+    # trained further on one of them, from the family's weights
+    job |= {"out": tmp_path / "tuned", "state": tmp_path / "tuned.state"}
+    tuned = section.model_copy(update={"fine_tune_steps": 40})
+    distill.run(tuned, **job, seed=1, threads=1, family=tmp_path / "family")
+    after = read_manifest(tmp_path / "tuned", kind="distill")
+    assert after["force_relative"] < found["members"]["other"]["force_relative"]
+    assert after["family"] == ["alanine-dipeptide", "other"]
+    assert once > 0
+
+
+def test_a_family_of_other_atoms_or_of_another_teacher_is_refused(tmp_path, alanine_folder, reference, teacher):
+    distilled = run_distill(tmp_path, alanine_folder, reference)
+    job = {"prepared": alanine_folder, "reference": reference, "out": tmp_path / "out", "state": tmp_path / "state"}
+    for key, value, message in (("teacher", "gfn1-xtb", "imitates gfn1-xtb"), ("environments", ["H(C)"], "knows no atom like")):
+        family = tmp_path / key
+        shutil.copytree(distilled, family)
+        content = json.loads((family / "manifest.json").read_text())
+        (family / "manifest.json").write_text(json.dumps({**content, key: value}))
+        with pytest.raises(LongstrideError, match=message) as error:
+            distill.run(DISTILL, **job, seed=1, threads=1, family=family)
+        assert "\n" not in str(error.value)
+    folders = {"prepared": [alanine_folder] * 2, "reference": [reference] * 2}
+    with pytest.raises(LongstrideError, match="different names"):
+        distill.run_family(DISTILL, **folders, out=tmp_path / "out", state=tmp_path / "state", seed=1, threads=1)
+
+
 def test_a_student_without_holes_needs_no_more_training(tmp_path, alanine_folder, reference, teacher, monkeypatch):
-    monkeypatch.setattr(distill, "TORN", 1e9)
+    monkeypatch.setattr(distillation, "TORN", 1e9)
     out = run_distill(tmp_path, alanine_folder, reference, rounds=3, hole_kJ_per_mol_nm=1e9)
     found = read_manifest(out, kind="distill")
     assert [item["holes"] for item in found["rounds"]] == [0]
@@ -172,7 +235,9 @@ def test_frames_of_a_molecule_that_was_torn_apart_are_left_out():
     forces = torch.ones(4, 3, 3, dtype=torch.float64)
     forces[2, 1, 0] = 100.0
     frames = Labelled(positions=forces, energies=forces[:, 0, 0], forces=forces, trajectory=torch.arange(4))
-    kept, torn = distill.whole(frames, limit=3 * distill.largest_force(frames.where(torch.tensor([True, True, False, True]))))
+    kept, torn = distillation.whole(
+        frames, limit=3 * distillation.largest_force(frames.where(torch.tensor([True, True, False, True])))
+    )
     assert torn == 1
     assert kept.trajectory.tolist() == [0, 1, 3]
 
@@ -182,9 +247,9 @@ def test_the_worst_frame_of_every_stretch_is_kept():
     forces = torch.zeros(n, 3, 3, dtype=torch.float64)
     frames = Labelled(positions=forces, energies=torch.arange(n).double(), forces=forces, trajectory=torch.arange(n) % 2)
     error = torch.tensor([0.0, 5, 1, 0, 2, 1, 9, 0, 3, 1, 4, 7])
-    kept = distill.worst_of_stretches(frames, error, stretch=3)
+    kept = distillation.worst_of_stretches(frames, error, stretch=3)
     assert kept.energies.tolist() == [1.0, 4.0, 6.0, 11.0]
-    assert len(distill.worst_of_stretches(frames, error, stretch=1)) == n
+    assert len(distillation.worst_of_stretches(frames, error, stretch=1)) == n
 
 
 def test_a_student_that_is_wrong_along_bonds_is_refused(tmp_path, alanine_folder, reference, teacher):

@@ -12,6 +12,7 @@ from longstride.errors import LongstrideError, NumericsError
 from longstride.potentials.student import StudentMetadata, StudentNetwork
 from longstride.state import State, System
 from longstride.training.distill import (
+    Task,
     fit_shifts,
     hessian_error,
     largest_errors,
@@ -252,9 +253,7 @@ def fit(frames, store, *, section=SECTION, stop_at=None):
     held = frames.trajectory == 3
     rows = train(
         network,
-        network(WATER),
-        frames.where(~held),
-        frames.where(held),
+        [Task(student=network(WATER), frames=frames.where(~held), held_out=frames.where(held))],
         section=section,
         steps=section.max_steps,
         seed=2,
@@ -298,7 +297,7 @@ def test_divergence_is_one_line(frames, tmp_path):
 
 def test_shifts_make_energies_agree(frames, tmp_path):
     network = StudentNetwork(METADATA, torch.Generator().manual_seed(1))
-    fit_shifts(network, network(WATER), frames)
+    fit_shifts(network, [Task(student=network(WATER), frames=frames, held_out=frames)])
     energies = network(WATER).energy(State(positions=frames.positions))
     assert abs(float((energies - frames.energies).mean())) < 1e-3
     # measured quality does not depend on the constant

@@ -12,7 +12,7 @@ two such errors are tracked: of the force along bonds, and of the bonds' stiffne
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -23,6 +23,8 @@ from longstride.state import State
 from longstride.training.muon import Muon
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from longstride.config import DistillConfig
     from longstride.data.checkpoint import StateFolder
     from longstride.potentials.base import Potential
@@ -59,11 +61,24 @@ class Quality:
     energy_mae: float
 
 
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """One molecule that a network learns.
+
+    Attributes:
+        student: the network bound to it.
+        frames: what to fit.
+        held_out: frames of other trajectories, only looked at.
+    """
+
+    student: AnyStudent
+    frames: Labelled
+    held_out: Labelled
+
+
 def train(
     network: StudentNetwork,
-    student: AnyStudent,
-    frames: Labelled,
-    held_out: Labelled,
+    tasks: Sequence[Task],
     *,
     section: DistillConfig,
     steps: int,
@@ -73,11 +88,11 @@ def train(
 ) -> list[dict[str, float]]:
     """Fit `network` in place and return the rows of metrics.csv.
 
+    Every step fits a batch of one molecule, drawn with equal probability; rows are means over molecules.
+
     Args:
         network: the weights; overwritten by a checkpoint where one exists.
-        student: the network bound to the molecule of the frames.
-        frames: what to fit.
-        held_out: frames of other trajectories, only looked at.
+        tasks: the molecules, one or more.
         section: batch size, learning rate, checkpoint interval.
         steps: optimiser steps.
         seed: of the order of frames.
@@ -90,13 +105,15 @@ def train(
     generator = torch.Generator().manual_seed(seed)
     optimiser = Muon(network.parameters(), lr=section.learning_rate)
     step, rows = _restore(store, network, optimiser, generator)
-    loss_of = _Loss(frames, student, bond_weight=section.bond_weight)
+    losses = [_Loss(task.frames, task.student, bond_weight=section.bond_weight) for task in tasks]
+    watched = [replace(task, held_out=_first(task.held_out, at_most=TRACKED_FRAMES // len(tasks))) for task in tasks]
     while step < steps:
         rate = learning_rate(step, peak=section.learning_rate, steps=steps)
         for group in optimiser.param_groups:
             group["lr"] = rate
-        chosen = torch.randint(len(frames), (section.batch_size,), generator=generator)
-        loss, force_loss = loss_of(chosen)
+        k = int(torch.randint(len(tasks), (), generator=generator)) if len(tasks) > 1 else 0
+        chosen = torch.randint(len(tasks[k].frames), (section.batch_size,), generator=generator)
+        loss, force_loss = losses[k](chosen)
         optimiser.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(network.parameters(), MAX_GRADIENT)
@@ -105,12 +122,19 @@ def train(
         if step % section.checkpoint_every_steps == 0 or step == steps:
             if not math.isfinite(loss.item()):
                 raise NumericsError(f"distillation diverged at step {step}; lower distill.learning_rate")
-            rows.append(_row(step, rate, force_loss.item(), measure(student, _first(held_out))))
+            rows.append(_row(step, rate, force_loss.item(), mean_quality(watched)))
             _save(store, step, network, optimiser, generator=generator, rows=rows)
         if progress is not None:
             progress.update(step, f"force error {math.sqrt(force_loss.item()):.3f}")
-    fit_shifts(network, student, frames)
+    fit_shifts(network, tasks)
     return rows
+
+
+def mean_quality(tasks: Sequence[Task]) -> Quality:
+    """Return the quality on held-out frames, averaged over molecules; the largest error of a stiffness is that of all."""
+    found = [asdict(measure(task.student, task.held_out)) for task in tasks]
+    mean = {name: float(np.mean([one[name] for one in found])) for name in found[0]}
+    return Quality(**{**mean, "stiffness_max": max(one["stiffness_max"] for one in found)})
 
 
 class _Loss:
@@ -249,19 +273,22 @@ def along_bonds(positions: torch.Tensor, forces: torch.Tensor, bonds: torch.Tens
     return 0.5 * ((forces[:, first] - forces[:, second]) * (apart / length[..., None])).sum(dim=-1), length
 
 
-def fit_shifts(network: StudentNetwork, student: AnyStudent, frames: Labelled) -> None:
-    """Set one energy per element so that mean energies agree (least squares, smallest shifts where undetermined)."""
-    energies, _ = predict(student, frames)
-    numbers = torch.from_numpy(np.asarray(student.system.atomic_numbers))
-    counts = torch.stack([(numbers == element).sum() for element in network.metadata.elements]).to(torch.float64)
-    difference = (frames.energies - energies).mean()
-    network.shifts.copy_(difference * counts / counts.square().sum())
+def fit_shifts(network: StudentNetwork, tasks: Sequence[Task]) -> None:
+    """Set one energy per element so that mean energies of all molecules agree (least squares, smallest where undetermined)."""
+    elements = np.array(network.metadata.elements)
+    counts, differences = [], []
+    for task in tasks:
+        numbers = np.asarray(task.student.system.atomic_numbers)
+        counts.append([(numbers == element).sum() for element in elements])
+        differences.append(float((task.frames.energies - predict(task.student, task.frames)[0]).mean()))
+    shifts, *_ = np.linalg.lstsq(np.array(counts, dtype=np.float64), np.array(differences), rcond=None)
+    network.shifts.copy_(torch.from_numpy(shifts))
 
 
-def _first(frames: Labelled) -> Labelled:
+def _first(frames: Labelled, *, at_most: int) -> Labelled:
     """A spread of a few frames, for tracking during training."""
     keep = torch.zeros(len(frames), dtype=torch.bool)
-    keep[:: max(1, len(frames) // TRACKED_FRAMES)] = True
+    keep[:: max(1, len(frames) // max(1, at_most))] = True
     return frames.where(keep)
 
 

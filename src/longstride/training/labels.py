@@ -287,7 +287,7 @@ class _Chains:
         per_atom = 0.5 * self._masses * md.velocities.square().sum(dim=2)
         ratio = per_atom / (1.5 * self._kT[:, :, 0])
         bad = (ratio.mean(dim=1) > MAX_TEMPERATURE_RATIO) | (ratio.amax(dim=1) > MAX_ATOM_RATIO)
-        if self._fast is not None:
+        if md.fast_forces is not None:
             bad |= (md.forces - md.fast_forces).norm(dim=2).amax(dim=1) > self._hole
         bad |= ~(torch.isfinite(md.potential_energy) & torch.isfinite(ratio).all(dim=1))
         if not bad.any():
