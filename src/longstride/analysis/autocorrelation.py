@@ -9,11 +9,12 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from scipy import fft
+from scipy import fft, stats
 
 from longstride.analysis.estimate import Z95, Estimate, undefined
 
 MIN_SAVES = 8
+LARGEST_LOG = 300.0  # a spread beyond exp(300) is no number any more
 
 
 def check_series(x: np.ndarray) -> str:
@@ -70,8 +71,11 @@ def integrated_time(x: np.ndarray) -> Estimate:
 
     Equation: tau = 1 + 2 sum_t rho(t), summed by Geyer's initial monotone sequence over pairs
     rho(2k) + rho(2k+1) (doi:10.1214/ss/1177011137). Interval: log-normal with the relative variance
-    4 (W + 1/2 - tau/2) / N of a sum cut at W lags over N = time * chain samples (Wolff,
-    doi:10.1016/S0010-4655(03)00467-3).
+    4 (W + 1/2 - tau/2) / N + max(kappa, 0) tau / N of a sum cut at W lags over N = time * chain samples. The first term is
+    Wolff's for Gaussian series (doi:10.1016/S0010-4655(03)00467-3). The second, kappa the excess kurtosis of x, is what few
+    large excursions add that come and go as a whole: for a process that jumps between two values, kappa = 1/(p q) - 6, it makes
+    the sum the variance that counting its jumps gives, (p^2 + q^2) tau / (2 p q N), plus the cost of a sum that does
+    not know the model.
     """
     reason = check_series(x)
     if reason:
@@ -79,8 +83,8 @@ def integrated_time(x: np.ndarray) -> Estimate:
     tau, window = _initial_monotone(autocorrelation(x))
     if not tau > 0:  # a strictly alternating chain: the sum is not resolved
         return undefined("anticorrelated beyond resolution")
-    variance = 4 * max(window + 0.5 - tau / 2, 0.5) / x.size
-    spread = math.exp(Z95 * math.sqrt(variance))
+    variance = (4 * max(window + 0.5 - tau / 2, 0.5) + max(float(stats.kurtosis(x, axis=None)), 0.0) * tau) / x.size
+    spread = math.exp(min(Z95 * math.sqrt(variance), LARGEST_LOG))
     note = "unresolved: the correlation does not decay within a chain" if window >= x.shape[0] - 1 else ""
     return Estimate(value=tau, low=tau / spread, high=tau * spread, note=note)
 
