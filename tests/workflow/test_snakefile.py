@@ -242,7 +242,7 @@ def test_slurm_profile_does_not_depend_on_an_accounting_database():
 def test_rules_are_uniform():
     rules = "\n".join(path.read_text() for path in sorted((ROOT / "workflow" / "rules").glob("*.smk")))
     blocks = re.split(r"^rule ", rules, flags=re.MULTILINE)[1:]
-    assert len(blocks) == 15
+    assert len(blocks) == 16
     for block in blocks:
         for part in ("output:", "log:", "benchmark:", "conda:", "threads:", "mem_mb=", "runtime=", "params:", "message:"):
             assert part in block, (block.splitlines()[0], part)

@@ -68,8 +68,8 @@ def _data(content: dict[str, Any]) -> list[str]:
         "## Data", "",
         f"Reference frames and Langevin chains on the teacher ({temperatures} K, all masses {MASS_DA:g} Da, steps of"
         f" {1000 * TIMESTEP_PS:g} fs, friction {FRICTION_PER_PS:g}/ps, one frame of {labels['stride']} kept), then frames to"
-        " which multi-time-step dynamics with the student led. Held out: the last quarter of the trajectories, with all that descends"
-        " from them.", "",
+        " which multi-time-step dynamics with the student led. Held out: the last quarter of the trajectories, with all that"
+        " descends from them.", "",
         f"| {' | '.join(head)} |", f"|{'---|' * len(head)}",
     ]  # fmt: skip
     for name, one in content["members"].items():
