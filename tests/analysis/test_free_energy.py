@@ -10,7 +10,6 @@ from longstride.analysis.free_energy import (
     agreement,
     basin_of,
     bin_index,
-    compare_maps,
     crossings,
     delta_f_chains,
     delta_f_weights,
@@ -170,38 +169,6 @@ def test_basins_that_are_not_exchanged_have_no_delta_f(state, word):
 
 def test_crossings_are_counted():
     assert crossings(np.array([[0, 1], [1, 1], [0, 1]])) == 2
-
-
-def test_maps_agree_only_when_they_should():
-    generator = np.random.default_rng(4)
-
-    def angles(shift):
-        return generator.vonmises(-1.3 + shift, 4.0, size=(300, 64)), generator.vonmises(0.4, 4.0, size=(300, 64))
-
-    def map_of(pair):
-        return from_chains(grid_index(*pair, 18), bins=18**2, replicates=100, seed=0)
-
-    reference, same, moved = map_of(angles(0.0)), map_of(angles(0.0)), map_of(angles(0.25))
-    good = compare_maps(same, reference, limit=5.0)
-    assert good.statement.startswith("agrees")
-    assert good.rmse < 1.5 * good.expected
-    bad = compare_maps(moved, reference, limit=5.0)
-    assert bad.statement.startswith("differs")
-    assert bad.rmse > 2 * bad.expected
-    phi, psi = angles(0.0)
-    joint = psi + 0.8 * np.sin(phi)  # phi and psi depend on each other ...
-    linked = map_of((phi, joint))
-    shuffled = map_of((phi, generator.permuted(joint.ravel()).reshape(joint.shape)))  # ... until shuffled
-    assert compare_maps(shuffled, linked, limit=5.0).statement.startswith("differs")
-
-
-def test_maps_without_overlap_are_undefined():
-    left = from_chains(np.zeros((50, 30), dtype=int), bins=36, replicates=20, seed=0)
-    right = from_chains(np.full((50, 30), 20), bins=36, replicates=20, seed=0)
-    found = compare_maps(left, right, limit=5.0)
-    assert found.rmse is None
-    assert found.statement.startswith("undefined")
-    assert found.missing == 1
 
 
 def test_agreement_uses_both_errors():

@@ -13,8 +13,6 @@ from longstride.analysis.bootstrap import multiplicities, percentile_interval, u
 from longstride.analysis.estimate import Z95, Estimate, undefined
 from longstride.analysis.reweighting import Reweighting
 
-MIN_SHARED_BINS = 5
-
 # Basins of the alanine-type Ramachandran map: (name, phi range, psi range) in degrees, half-open, periodic.
 BASINS = (
     ("beta/PII", (-180.0, 0.0), (50.0, 240.0)),
@@ -48,12 +46,18 @@ class FreeEnergy:
         errors: [bin] standard error in kT; NaN where unknown.
         counts: [bin] number of raw samples.
         note: what limits it; empty otherwise.
+        probability: [bin] the probabilities behind the values, or None.
+        deviations: [replicate, bin] bootstrap replicates of the probabilities minus the probabilities, or None.
+        units: how many independent units the bootstrap drew from (chains, blocks, segments); 0 where unknown.
     """
 
     values: np.ndarray
     errors: np.ndarray
     counts: np.ndarray
     note: str = ""
+    probability: np.ndarray | None = None
+    deviations: np.ndarray | None = None
+    units: int = 0
 
     @property
     def sampled(self) -> np.ndarray:
@@ -61,8 +65,10 @@ class FreeEnergy:
         return np.isfinite(self.values)
 
 
-def from_probabilities(probability: np.ndarray, replicates: np.ndarray, counts: np.ndarray, note: str = "") -> FreeEnergy:
-    """Turn bin probabilities [bin] and their bootstrap replicates [replicate, bin] into a FreeEnergy.
+def from_probabilities(
+    probability: np.ndarray, replicates: np.ndarray, counts: np.ndarray, note: str = "", *, units: int = 0
+) -> FreeEnergy:
+    """Turn bin probabilities [bin] and their bootstrap replicates [replicate, bin] over `units` (0: unknown) into a FreeEnergy.
 
     Equation: F = -ln p + ln max p; error = sd(p over replicates) / p, the linearised error of ln p.
     """
@@ -72,7 +78,10 @@ def from_probabilities(probability: np.ndarray, replicates: np.ndarray, counts: 
     # a bin filled by one resampling unit has no spread to speak of
     errors = np.where(errors > 0, errors, np.nan)
     lowest = np.nanmin(values) if np.isfinite(values).any() else 0.0
-    return FreeEnergy(values=values - lowest, errors=errors, counts=counts, note=note)
+    return FreeEnergy(
+        values=values - lowest, errors=errors, counts=counts, note=note,
+        probability=probability, deviations=replicates - probability, units=units,
+    )  # fmt: skip
 
 
 def from_chains(index: np.ndarray, *, bins: int, replicates: int, seed: int) -> FreeEnergy:
@@ -89,7 +98,7 @@ def from_chains(index: np.ndarray, *, bins: int, replicates: int, seed: int) -> 
     table = np.bincount((labels * bins + index).ravel(), minlength=n_units * bins).reshape(n_units, bins).astype(float)
     drawn = multiplicities(n_units, replicates, np.random.default_rng(seed)) @ table
     counts = table.sum(axis=0)
-    return from_probabilities(counts / counts.sum(), drawn / drawn.sum(axis=1, keepdims=True), counts)
+    return from_probabilities(counts / counts.sum(), drawn / drawn.sum(axis=1, keepdims=True), counts, units=n_units)
 
 
 def from_weights(index: np.ndarray, weights: Reweighting, *, bins: int) -> FreeEnergy:
@@ -103,61 +112,7 @@ def from_weights(index: np.ndarray, weights: Reweighting, *, bins: int) -> FreeE
         return FreeEnergy(values=nothing, errors=nothing, counts=counts, note=weights.note)
     probability = np.bincount(index, weights=weights.weights, minlength=bins)
     replicates = np.stack([np.bincount(index, weights.replicate(k), minlength=bins) for k in range(weights.replicates)])
-    return from_probabilities(probability, replicates, counts, weights.note)
-
-
-@dataclass(frozen=True, kw_only=True)
-class MapComparison:
-    """How a free energy compares with a reference on shared bins.
-
-    Attributes:
-        rmse: root mean square difference in kT after removing the mean offset, or None.
-        expected: the RMSE that both sides' errors alone would give, or None.
-        within_two_errors: fraction of shared bins whose difference is below two combined errors, or None.
-        bins: number of shared bins.
-        missing: reference bins within the limit that the method never visited.
-        statement: one line for people.
-    """
-
-    rmse: float | None
-    expected: float | None
-    within_two_errors: float | None
-    bins: int
-    missing: int
-    statement: str
-
-
-def compare_maps(method: FreeEnergy, reference: FreeEnergy, *, limit: float) -> MapComparison:
-    """Compare two free energies over the bins whose reference value is at most `limit` kT.
-
-    Equation: d = F_method - F_reference minus its mean over shared bins; RMSE = sqrt(mean d^2); each bin is judged
-    against sqrt(e_method^2 + e_reference^2).
-    """
-    with np.errstate(invalid="ignore"):
-        relevant = reference.sampled & (reference.values <= limit)
-    shared = relevant & method.sampled
-    missing = int((relevant & ~method.sampled).sum())
-    count = int(shared.sum())
-    if count < MIN_SHARED_BINS:
-        reason = reference.note if not relevant.any() else f"only {count} bins are shared"
-        return MapComparison(
-            rmse=None, expected=None, within_two_errors=None, bins=count, missing=missing, statement=f"undefined: {reason}"
-        )
-    difference = method.values[shared] - reference.values[shared]
-    difference -= difference.mean()
-    variance = method.errors[shared] ** 2 + reference.errors[shared] ** 2
-    known = np.isfinite(variance)
-    rmse = float(np.sqrt((difference**2).mean()))
-    if not known.any():
-        statement = "no errors are known, so agreement cannot be judged"
-        return MapComparison(rmse=rmse, expected=None, within_two_errors=None, bins=count, missing=missing, statement=statement)
-    expected = float(np.sqrt(variance[known].mean()))
-    inside = float((np.abs(difference[known]) <= 2 * np.sqrt(variance[known])).mean())
-    verdict = "agrees within the errors of both sides" if inside >= 0.9 else "differs by more than the errors of both sides"
-    statement = f"{verdict}: {100 * inside:.0f} % of {count} bins within two standard errors; {missing} bins never visited"
-    return MapComparison(
-        rmse=rmse, expected=expected, within_two_errors=inside, bins=count, missing=missing, statement=statement
-    )
+    return from_probabilities(probability, replicates, counts, weights.note, units=weights.draws.shape[1])
 
 
 def crossings(indicator: np.ndarray) -> int:
@@ -213,10 +168,11 @@ def delta_f_weights(indicator: np.ndarray, weights: Reweighting) -> Estimate:
         return undefined("the two basins are not connected by transitions in both directions")
     replicates = np.array([difference(weights.replicate(k)) for k in range(weights.replicates)])
     interval = percentile_interval(value, replicates)
-    return _stretched(interval, _rare_crossings(indicator, weights))
+    return _stretched(interval, rare_crossings(indicator, weights))
 
 
-def _rare_crossings(indicator: np.ndarray, weights: Reweighting) -> float:
+def rare_crossings(indicator: np.ndarray, weights: Reweighting) -> float:
+    """Return the number of independent crossings of an indicator [frame] in its rarer direction, at the lag of the MSM."""
     forward = backward = 0.0
     for part in np.split(indicator.astype(bool), np.cumsum(weights.lengths)[:-1]):
         start, end = part[: -weights.lag], part[weights.lag :]

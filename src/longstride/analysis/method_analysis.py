@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,11 +17,12 @@ from longstride.analysis.free_energy import (
     agreement,
     basin_of,
     basin_populations,
-    compare_maps,
     crossings,
     delta_f_chains,
+    rare_crossings,
 )
-from longstride.analysis.reference_model import Kinetics, ReferenceModel, chain_histograms, kinetics, lag_frames
+from longstride.analysis.map_comparison import MapComparison, basins_of_grid, compare_maps
+from longstride.analysis.reference_model import Kinetics, ReferenceModel, chain_histograms, end_to_end, kinetics, lag_frames
 from longstride.seeds import job_seed
 
 if TYPE_CHECKING:
@@ -59,12 +60,26 @@ def baseline_of_reference(reference: ReferenceModel, torsions: Torsions) -> Base
     return Baseline(
         name="reference (MSM-reweighted)",
         methods=frozenset(),
-        map=reference.map_msm,
+        map=_map_with_events(reference, torsions),
         delta_f=reference.delta_f_msm,
         energy=reference.samples.energy,
         energy_weights=reference.frame_weights,
         required=moving(panel(reference.samples.angles, torsions, reference.tica)),
     )
+
+
+def _map_with_events(reference: ReferenceModel, torsions: Torsions) -> FreeEnergy | None:
+    """Return the reweighted map; few crossings make its bootstrap too narrow, so they bound the number of its units."""
+    grid, weights = reference.map_msm, reference.weights
+    if grid is None or weights is None or weights.weights is None:
+        return grid
+    events = [rare_crossings(end_to_end(reference.samples.angles[..., k] >= 0), weights) for k in torsions.phis]
+    return replace(grid, units=max(2, min(grid.units, *(int(one) for one in events), grid.units)))
+
+
+def map_json(found: MapComparison) -> dict[str, Any]:
+    """Return the comparison of two maps as JSON values."""
+    return asdict(found)
 
 
 def pool(sets: list[SampleSet]) -> tuple[np.ndarray, np.ndarray]:
@@ -179,11 +194,8 @@ def _free_energies(
     found["basins_visited"] = len(np.unique(basin_of(phi, psi)))
     grid, _ = chain_histograms(samples.angles, torsions, section, seed=seed)
     if grid is not None and baseline is not None and baseline.map is not None:
-        result = compare_maps(grid, baseline.map, limit=section.max_free_energy_kT)
-        found["map"] = {
-            "rmse": result.rmse, "expected": result.expected, "within_two_errors": result.within_two_errors,
-            "bins": result.bins, "missing": result.missing, "statement": result.statement,
-        }  # fmt: skip
+        basins = basins_of_grid(section.bins)
+        found["map"] = map_json(compare_maps(grid, baseline.map, limit=section.max_free_energy_kT, basins=basins))
     return found
 
 

@@ -110,7 +110,7 @@ def analyse_umbrella(
     reach = float(stats.t.ppf(0.975, max(blocks - 1, 1))) * error
     samples = np.bincount(bin_index(torsions[..., 0], bins).ravel(), minlength=bins).astype(float)
     return UmbrellaResult(
-        profile=from_probabilities(profile, resampled, samples),
+        profile=from_probabilities(profile, resampled, samples, units=blocks),
         delta_f=Estimate(value=value, low=value - reach, high=value + reach),
         smallest_overlap=_neighbours(overlap_matrix(counts, bias, f), (len(centers[0]), len(centers[1]))),
     )
