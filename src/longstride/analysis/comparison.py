@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from longstride.analysis.basins import basin_summary
+from longstride.analysis.cell_verdict import cell_verdict, estimate_of
+from longstride.analysis.certification import certify
 from longstride.analysis.cost import dynamics_rate
 from longstride.analysis.energies import compare_energies
 from longstride.analysis.estimate import Estimate, finite, ratio, undefined
@@ -111,6 +113,17 @@ def analyse(molecule: Molecule, samples: SampleSet, cells: list[Cell], section: 
         "pooled": _pooled_json(pooled, molecule, reference, baselines),
     }
     content["speedups"] = speedups(content["pooled"], content["reference"], reference, section)
+    content["reference"]["certification"] = certify(
+        reference,
+        torsions,
+        section,
+        rhat_max=content["reference"]["rhat_max"],
+        slowest=_crossing_time(reference, section),
+        seed=job_seed(seed, "certify"),
+    )
+    rates = {(one["target"], one["versus"]): estimate_of(one["dynamics_ess_per_s_from_msm"]) for one in content["speedups"]}
+    for entry in entries:
+        entry["verdict"] = cell_verdict(entry, content["pooled"], mixed_rhat=MIXED_RHAT, msm_rates=rates)
     return Comparison(reference=reference, baselines=baselines, pooled=pooled, content=content)
 
 
@@ -132,7 +145,7 @@ def _pooled_json(
                 "method": method,
                 "invariance": samples.manifest["invariance"],
                 "n_samples": samples.size,
-                **{key: entry[key] for key in ("ess", "ess_per_s", "rhat_max")},
+                **{key: entry[key] for key in ("ess", "ess_per_s", "ess_per_core_hour", "rhat_max")},
                 "sampling_s": seconds,
                 "cores": samples.manifest["cores"],
                 "throughput_ps_per_s": simulated / seconds if simulated and seconds else None,
@@ -217,10 +230,6 @@ def _reference_status(reference: ReferenceModel) -> str:
     return lost[0] if lost else "ok"
 
 
-def _estimate(values: dict[str, Any]) -> Estimate:
-    return Estimate(value=values["value"], low=values["low"], high=values["high"], note=values["note"])
-
-
 def _crossing_time(reference: ReferenceModel, section: CompareConfig) -> Estimate:
     # without all basins in the connected set the slowest timescale is that of some faster process inside one of them
     for name, entry in reference.delta_f_msm.items():
@@ -239,7 +248,7 @@ def _plain_rate(plain: dict[str, Any] | None) -> Estimate:
     rhat = plain["rhat_max"]
     if rhat is not None and rhat > MIXED_RHAT:
         return undefined(f"{plain['method']} has not mixed, R-hat {rhat:.2f}: its own ESS cannot be trusted")
-    return _estimate(plain["ess_per_s"])
+    return estimate_of(plain["ess_per_s"])
 
 
 def speedups(
@@ -279,7 +288,7 @@ def _speedup(
     throughput = plain["throughput_ps_per_s"] if plain else reference_throughput
     from_msm = dynamics_rate(slowest, throughput)
     baseline = entry["method"] in BASELINE_METHODS
-    this = _plain_rate(entry) if baseline else _estimate(entry["ess_per_s"])
+    this = _plain_rate(entry) if baseline else estimate_of(entry["ess_per_s"])
     simulated = entry["throughput_ps_per_s"]
     return {
         "target": entry["target"],

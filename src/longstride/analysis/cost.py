@@ -1,4 +1,4 @@
-"""Effective samples per second, per energy call and per force call, over a panel of observables."""
+"""Effective samples per second, per call and per core-hour, over a panel of observables, with training shared or not."""
 
 from __future__ import annotations
 
@@ -7,29 +7,52 @@ from dataclasses import dataclass
 import numpy as np
 
 from longstride.analysis.autocorrelation import check_series, effective_size, timewarp_effective_size
-from longstride.analysis.convergence import split_rhat
+from longstride.analysis.convergence import batch_means_size, bulk_size, split_rhat, tail_size
 from longstride.analysis.estimate import Estimate, undefined
 from longstride.analysis.features import Torsions, circular_feature_names, circular_features
 from longstride.analysis.tica_msm import TICAModel
 
+PANEL_TICS = 3
 
-def panel(angles: np.ndarray, torsions: Torsions, tica: TICAModel | None) -> dict[str, np.ndarray]:
+
+@dataclass(frozen=True, kw_only=True)
+class StatePaths:
+    """Which macrostate every sample is in.
+
+    Attributes:
+        index: [time, chain] int; negative where a sample belongs to none.
+        count: number of macrostates, visited or not.
+    """
+
+    index: np.ndarray
+    count: int
+
+
+def panel(
+    angles: np.ndarray, torsions: Torsions, tica: TICAModel | None, macrostates: StatePaths | None = None
+) -> dict[str, np.ndarray]:
     """Return the observables whose worst ESS is quoted, each [time, chain].
 
-    cos and sin of every phi and psi, the indicator phi >= 0 of every phi, and the slowest TICA component of the
-    reference (TIC0) where there is one.
+    cos and sin of every phi and psi, the indicator phi >= 0 of every phi, the slowest TICA components of the reference
+    (TIC0 to TIC2) and the indicators of its macrostates, where there are any.
 
     Args:
         angles: [time, chain, torsion] rad.
         torsions: their names.
         tica: TICA of the reference, or None.
+        macrostates: of the samples, by the reference's assignment, or None.
     """
     features = circular_features(angles)
     found = {name: features[..., k] for k, name in enumerate(circular_feature_names(torsions))}
     for k in torsions.phis:
         found[f"basin {torsions.names[k]}"] = (angles[..., k] >= 0).astype(float)
     if tica is not None:
-        found["TIC0"] = tica.project(features)[..., 0]
+        projected = tica.project(features)
+        found |= {f"TIC{k}": projected[..., k] for k in range(min(PANEL_TICS, projected.shape[-1]))}
+    if macrostates is not None and macrostates.count > 1:
+        # the indicators sum to one: of two states one is enough
+        states = range(macrostates.count) if macrostates.count > 2 else range(1)
+        found |= {f"macrostate {k}": (macrostates.index == k).astype(float) for k in states}
     return found
 
 
@@ -41,19 +64,28 @@ class ObservableSize:
         size: ESS over all chains.
         timewarp: ESS by the Timewarp definition.
         rhat: rank-normalised split R-hat.
+        bulk: bulk ESS, rank-normalised.
+        tail: tail ESS, of the 5 % and 95 % quantiles.
+        batches: ESS by batch means.
     """
 
     size: Estimate
     timewarp: Estimate
     rhat: Estimate
+    bulk: Estimate
+    tail: Estimate
+    batches: Estimate
 
 
 def sizes(observables: dict[str, np.ndarray]) -> dict[str, ObservableSize]:
-    """Return ESS, Timewarp's ESS and R-hat of every observable [time, chain]."""
+    """Return ESS by every definition and R-hat of every observable [time, chain]."""
     return {
-        name: ObservableSize(size=effective_size(x), timewarp=timewarp_effective_size(x), rhat=split_rhat(x))
+        name: ObservableSize(
+            size=effective_size(x), timewarp=timewarp_effective_size(x), rhat=split_rhat(x),
+            bulk=bulk_size(x), tail=tail_size(x), batches=batch_means_size(x),
+        )
         for name, x in observables.items()
-    }
+    }  # fmt: skip
 
 
 def smallest_size(found: dict[str, ObservableSize], *, required: set[str]) -> tuple[Estimate, str]:
@@ -105,3 +137,53 @@ def dynamics_rate(timescale_ps: Estimate, throughput_ps_per_s: float | None) -> 
     return Estimate(
         value=rate / t2.value, low=None if t2.high is None else rate / t2.high, high=None if not t2.low else rate / t2.low
     )
+
+
+def core_hours(sampling_s: float | None, cores: float | None) -> float | None:
+    """Return cores times hours of sampling, or None where either was not recorded."""
+    return sampling_s * cores / 3600 if sampling_s and cores else None
+
+
+def amortised_rate(size: Estimate, *, sampling_s: float | None, preparation_s: float | None, peptides: float) -> Estimate:
+    """Return the ESS per second with training and data shared by a number of peptides.
+
+    Equation: r = ESS / (t_sampling + P / n).
+
+    Args:
+        size: ESS on one peptide.
+        sampling_s: wall seconds of its sampling.
+        preparation_s: wall seconds P of training and data, once for all peptides.
+        peptides: how many peptides n share them.
+    """
+    if not sampling_s or preparation_s is None:
+        return undefined("the cost of training and data was not recorded" if sampling_s else "no sampling time recorded")
+    return size.scaled(1 / (sampling_s + preparation_s / peptides))
+
+
+def break_even_peptides(method: Estimate, plain: Estimate, *, preparation_s: float | None, samples: float) -> Estimate:
+    """Return after how many peptides a trained method has cost less than plain dynamics.
+
+    Equation: n = P / (S / r_plain - S / r_method), S effective samples wanted per peptide, r in ESS per second, P the seconds
+    of training and data. The interval takes the fastest of one with the slowest of the other, so it is wide on purpose; an
+    end is None where the method may never pay back.
+
+    Args:
+        method: ESS/s of the method, sampling alone.
+        plain: ESS/s of plain dynamics on the same target and machine.
+        preparation_s: P, or None where it was not recorded.
+        samples: S.
+    """
+    if preparation_s is None:
+        return undefined("the cost of training and data was not recorded")
+    if not method.value or not plain.value:
+        return undefined(method.note or plain.note or "a rate is undefined")
+
+    def count(ours: float | None, theirs: float | None) -> float | None:
+        if not ours or not theirs or ours <= theirs:
+            return None
+        return preparation_s / (samples / theirs - samples / ours)
+
+    value = count(method.value, plain.value)
+    if value is None:
+        return undefined("never: plain dynamics is faster")
+    return Estimate(value=value, low=count(method.high, plain.low), high=count(method.low, plain.high))

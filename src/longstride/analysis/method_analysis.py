@@ -8,7 +8,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from longstride.analysis.convergence import mean_estimate
-from longstride.analysis.cost import ObservableSize, moving, panel, per_unit, sizes, smallest_size
+from longstride.analysis.cost import (
+    ObservableSize,
+    StatePaths,
+    core_hours,
+    moving,
+    panel,
+    per_unit,
+    sizes,
+    smallest_size,
+)
 from longstride.analysis.energies import compare_energies
 from longstride.analysis.estimate import Estimate, finite, undefined
 from longstride.analysis.features import Torsions, circular_features
@@ -64,8 +73,21 @@ def baseline_of_reference(reference: ReferenceModel, torsions: Torsions) -> Base
         delta_f=reference.delta_f_msm,
         energy=reference.samples.energy,
         energy_weights=reference.frame_weights,
-        required=moving(panel(reference.samples.angles, torsions, reference.tica)),
+        required=moving(panel_of(reference.samples.angles, torsions, reference)),
     )
+
+
+def panel_of(angles: np.ndarray, torsions: Torsions, reference: ReferenceModel) -> dict[str, np.ndarray]:
+    """Return the panel of angles [time, chain, torsion] rad with the TICA and the macrostates of the reference."""
+    return panel(angles, torsions, reference.tica, state_paths(angles, reference))
+
+
+def state_paths(angles: np.ndarray, reference: ReferenceModel) -> StatePaths | None:
+    """Return the macrostate of every sample, or None where the reference has none."""
+    states = getattr(reference, "macrostates", None)
+    if states is None:
+        return None
+    return StatePaths(index=np.asarray(states(angles)), count=int(states.count))
 
 
 def _map_with_events(reference: ReferenceModel, torsions: Torsions) -> FreeEnergy | None:
@@ -105,7 +127,7 @@ def baseline_of_method(
         delta_f={torsions.names[k]: delta_f_chains(angles[..., k] >= 0) for k in torsions.phis},
         energy=energy,
         energy_weights=None,
-        required=moving(panel(angles, torsions, reference.tica)),
+        required=moving(panel_of(angles, torsions, reference)),
     )
 
 
@@ -145,6 +167,9 @@ def _panel_json(found: dict[str, ObservableSize]) -> dict[str, Any]:
         name: {
             "ess": entry.size.to_json(),
             "timewarp_ess": entry.timewarp.value,
+            "bulk_ess": entry.bulk.value,
+            "tail_ess": entry.tail.value,
+            "batch_means_ess": entry.batches.value,
             "rhat": entry.rhat.value,
         }
         for name, entry in found.items()
@@ -160,14 +185,16 @@ def efficiency(samples: SampleSet, torsions: Torsions, reference: ReferenceModel
         reference: for its TICA.
         baseline: decides which observables must be resolved; None requires nothing.
     """
-    found = sizes(panel(samples.angles, torsions, reference.tica))
+    found = sizes(panel_of(samples.angles, torsions, reference))
     smallest, observable = smallest_size(found, required=set() if baseline is None else baseline.required)
     counts, timing = samples.manifest.get("counts") or {}, samples.manifest.get("timing") or {}
+    cores = timing.get("threads") or samples.manifest.get("cores")
     rhats = [entry.rhat.value for entry in found.values() if entry.rhat.value is not None]
     return {
         "panel": _panel_json(found),
         "ess": {**smallest.to_json(), "observable": observable},
         "ess_per_s": per_unit(smallest, timing.get("sampling_s"), "sampling time").to_json(),
+        "ess_per_core_hour": per_unit(smallest, core_hours(timing.get("sampling_s"), cores), "core-hour").to_json(),
         "ess_per_energy_call": per_unit(smallest, counts.get("energy_calls"), "energy call").to_json(),
         "ess_per_force_call": per_unit(smallest, counts.get("force_calls"), "force call").to_json(),
         "rhat_max": max(rhats) if rhats else None,
