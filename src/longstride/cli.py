@@ -88,6 +88,9 @@ def build_parser() -> argparse.ArgumentParser:
     rest = "folders of the dynamics stage; they fill in for systems without a comparison"
     summary.add_argument("--dynamics", nargs="*", default=[], type=Path, metavar="DIR", help=rest)
     summary.add_argument("--out", required=True, type=Path, metavar="FILE", help="the CSV file to write")
+    board = _command(commands, "leaderboard", _leaderboard, "run folders -> leaderboard.csv, methods within one target", None)
+    board.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="results/<run>")
+    board.add_argument("--out", required=True, type=Path, metavar="FILE", help="the CSV file to write")
     report = _command(commands, "report", _report, "run folder -> one self-contained HTML file", None)
     report.add_argument("--run-folder", required=True, type=Path, metavar="DIR", help="results/<run>")
     report.add_argument("--out", required=True, type=Path, metavar="FILE", help="the HTML file to write")
@@ -610,6 +613,12 @@ def _summary(options: argparse.Namespace) -> None:
 
     comparisons = [folder / "comparison.json" for folder in options.compare]
     compare.summarise(comparisons, options.out, dynamics_files=[folder / "dynamics.json" for folder in options.dynamics])
+
+
+def _leaderboard(options: argparse.Namespace) -> None:
+    from longstride.stages import compare
+
+    compare.write_leaderboard(options.runs, options.out)
 
 
 def _report(options: argparse.Namespace) -> None:

@@ -28,7 +28,7 @@ MAX_RHAT = 1.05
 MIN_RELAXATIONS = 50.0  # independent samples of the slowest process: simulated time over twice its timescale
 MIN_CROSSINGS = 10.0
 MAX_Z = 3.0
-HALF_REPLICATES = 100
+HALF_REPLICATES = 40
 
 
 @dataclass(frozen=True, kw_only=True)

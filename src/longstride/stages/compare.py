@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from longstride.analysis import compare_figures, tables
+from longstride.analysis import compare_figures, paper_rows, tables
 from longstride.analysis.comparison import Comparison, analyse, table_of
 from longstride.analysis.free_energy import bin_edges
 from longstride.analysis.reference_model import chain_histograms
@@ -80,13 +80,17 @@ def run(
 def write_tables(found: Comparison, molecule: Molecule, section: CompareConfig, *, out: Path, seed: int) -> list[str]:
     """Write the CSV tables of a comparison and return their names."""
     content = found.content
-    columns = ("method", "target", "seed", "observable", "ess", "ess_ci_low", "ess_ci_high", "timewarp_ess", "rhat", "note")
+    columns = (
+        "method", "target", "seed", "observable", "ess", "ess_ci_low", "ess_ci_high", "timewarp_ess", "bulk_ess", "tail_ess",
+        "batch_means_ess", "rhat", "note",
+    )  # fmt: skip
     entries = [content["reference"], *content["methods"]]
     rows = [
         {
             "method": entry["method"], "target": entry["target"], "seed": entry["seed"], "observable": name,
             "ess": one["ess"]["value"], "ess_ci_low": one["ess"]["low"], "ess_ci_high": one["ess"]["high"],
-            "timewarp_ess": one["timewarp_ess"], "rhat": one["rhat"], "note": one["ess"]["note"],
+            **{key: one[key] for key in ("timewarp_ess", "bulk_ess", "tail_ess", "batch_means_ess", "rhat")},
+            "note": one["ess"]["note"],
         }
         for entry in entries
         for name, one in entry.get("panel", {}).items()
@@ -102,11 +106,37 @@ def write_tables(found: Comparison, molecule: Molecule, section: CompareConfig, 
     ]  # fmt: skip
     scale_columns = ("source", "lag_ps", "index", "deeptime_ps", "ci_low_ps", "ci_high_ps", "pyemma_ps", "note")
     tables.write_csv(out / "implied_timescales.csv", scale_columns, scales)
-    names = ["effective_sizes.csv", "methods.csv", "implied_timescales.csv"]
+    names = ["effective_sizes.csv", "methods.csv", "implied_timescales.csv", *_write_trust(content, out=out)]
     if content["primary_pair"] is None:
         return names
     _write_free_energies(found, molecule, section, out=out, seed=seed)
     return [*names, "free_energy_phi.csv", "free_energy_map.csv"]
+
+
+def _write_trust(content: dict[str, Any], *, out: Path) -> list[str]:
+    """Write the verdict of every cell, the checks of the reference and the rows in the columns of published tables."""
+    rows = [
+        {**{key: entry.get(key) for key in ("method", "target", "seed", "status")}, **entry["verdict"]}
+        for entry in content["methods"]
+    ]
+    tables.write_csv(out / "verdicts.csv", ("method", "target", "seed", "status", "word", "reason"), rows)
+    checks = content["reference"]["certification"]["checks"]
+    tables.write_csv(out / "certification.csv", ("name", "value", "limit", "passed", "statement"), checks)
+    tables.write_csv(out / "paper_rows.csv", paper_rows.COLUMNS, paper_rows.paper_rows(content))
+    return ["verdicts.csv", "certification.csv", "paper_rows.csv"]
+
+
+def write_leaderboard(runs: Sequence[Path], out_csv: Path) -> None:
+    """Write leaderboard.csv of several run folders; see `analysis.leaderboard`.
+
+    Raises:
+        DataError: a run has no readable comparison.
+    """
+    from longstride.analysis import leaderboard
+
+    rows = leaderboard.leaderboard(runs)
+    tables.write_csv(out_csv, leaderboard.COLUMNS, rows)
+    print(f"leaderboard: {len(rows)} rows of {len(runs)} runs in {out_csv}")
 
 
 def _timescale_sources(content: dict[str, Any]) -> list[tuple[str, list[dict[str, Any]]]]:
