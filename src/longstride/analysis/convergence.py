@@ -179,9 +179,17 @@ def quantile_error(x: np.ndarray, probability: float) -> Estimate:
 
 
 def quantile_estimate(x: np.ndarray, probability: float) -> Estimate:
-    """Return a quantile of x [time, chain] with a 95 % interval between order statistics, as `quantile_error` takes them."""
-    size = quantile_size(x, probability)
-    if size.value is None:
+    """Return a quantile of x [time, chain] with a 95 % interval, unit of x.
+
+    Equation: the order statistics at the 2.5 % and 97.5 % points of Beta(S p + 1, S (1-p) + 1), as in `quantile_error`, but
+    with S the geometric mean of the `effective_size` of the indicator x <= quantile and of the lower end of its interval: half
+    chains of few correlation times make the other S so small that the interval covers 99 %.
+    """
+    reason = check_series(x)
+    if reason:
+        return undefined(reason)
+    size = effective_size((x <= np.quantile(x, probability)).astype(float))
+    if size.value is None or size.low is None:
         return size
-    low, high = _order_statistics(x, probability, size.value, (0.025, 0.975))
-    return Estimate(value=float(np.quantile(x, probability)), low=low, high=high)
+    low, high = _order_statistics(x, probability, math.sqrt(size.value * size.low), (0.025, 0.975))
+    return Estimate(value=float(np.quantile(x, probability)), low=low, high=high, note=size.note)
