@@ -67,6 +67,11 @@ def cases(tmp_path_factory) -> dict[str, tuple[Path, str]]:
     """Folder and output of Snakemake for every case of this file."""
     top = tmp_path_factory.mktemp("workflow")
     jobs = [_case(top, f"dry-{path.stem}", "--dry-run", "--printshellcmds", config=path) for path in CONFIGS]
+    for path in CONFIGS:  # where users put weights of others; planning looks at no more than their bytes
+        for weights in load_config(path).distill.teacher_weights:
+            (top / f"dry-{path.stem}" / weights).parent.mkdir(exist_ok=True)
+            (top / f"dry-{path.stem}" / weights).write_bytes(b"weights")
+    jobs.append(_case(top, "no-weights", "--dry-run", config=ROOT / "workflow" / "configs" / "water-ani1x.yaml"))
     jobs.append(_case(top, "slurm", "--dry-run", "--executor", "slurm", profile="slurm"))
     for name, text in OWN_CONFIGS.items():
         (top / f"{name}.yaml").write_text(text)
@@ -98,8 +103,8 @@ def test_dry_run_plans_every_stage_without_importing_the_science_or_writing(conf
     folder, text = cases[f"dry-{config.stem}"]
     assert "status 0" in text, text
     assert "heavy []" in text
-    assert _files(folder) == []
     loaded = load_config(config)
+    assert _files(folder) == sorted(loaded.distill.teacher_weights)
     sample, transfer = loaded.sample, loaded.transfer
     needed = ("distill",) if "mts" in sample.methods else ()
     flow = ("chains", "train-transfer") if transfer.train else ("shard", "train-flow")
@@ -231,6 +236,14 @@ def test_plain_snakemake_finds_a_profile_harmless_on_clusters():
     assert (ROOT / "profiles").resolve() == ROOT / "workflow" / "profiles"
     keys = yaml.safe_load((ROOT / "profiles" / "default" / "profile.yaml").read_text())
     assert not {"cores", "executor", "default-resources", "jobs"} & set(keys)
+
+
+def test_missing_weights_are_one_line_before_the_first_job(cases):
+    _, text = cases["no-weights"]
+    (line,) = [line for line in text.splitlines() if line.startswith("longstride: error")]
+    assert "cannot read weights/ani1x_model0.fnx" in line
+    assert "fetch it" in line
+    assert "status 1" in text
 
 
 def test_slurm_profile_does_not_depend_on_an_accounting_database():
