@@ -1,4 +1,4 @@
-"""Parallel tempering: stationarity by linear algebra, known averages, barriers crossed, killed at any moment, wrong variants."""
+"""Parallel tempering: stationarity by linear algebra, known averages, barriers crossed, killed runs, wrong variants."""
 
 import itertools
 import math
@@ -43,7 +43,12 @@ def swap_matrix(parity, log_ratio, monkeypatch):
     states = list(itertools.product(range(3), repeat=3))
     where = torch.tensor(states)
     seen = []
-    monkeypatch.setattr(tempering, "accept", lambda log_alpha, generator: seen.append(log_alpha) or log_alpha == log_alpha)
+
+    def always(log_alpha, generator):
+        seen.append(log_alpha)
+        return torch.ones_like(log_alpha, dtype=torch.bool)
+
+    monkeypatch.setattr(tempering, "accept", always)
     monkeypatch.setattr(tempering, "log_ratio", log_ratio)
     chains = ChainState(
         state=State(positions=where.flatten().double()[:, None, None].expand(-1, 1, 3)),

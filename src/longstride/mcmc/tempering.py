@@ -65,7 +65,7 @@ def geometric_ladder(
             f"a ladder from {cold_K:g} to {hottest_K:g} K would have {pairs + 1} rungs; lower the hottest temperature or the"
             " swap acceptance"
         )
-    return tuple(cold_K * math.exp(span * rung / pairs) for rung in range(pairs)) + (hottest_K,)
+    return (*(cold_K * math.exp(span * rung / pairs) for rung in range(pairs)), hottest_K)
 
 
 def scales_of(temperatures_K: tuple[float, ...]) -> torch.Tensor:
@@ -303,7 +303,7 @@ def _checkpoint(
 def _restore(
     arrays: dict[str, np.ndarray], meta: dict[str, Any], *, generator: torch.Generator
 ) -> tuple[ChainState, _Walk, Tally]:
-    found = {name: torch.from_numpy(value.copy()) for name, value in arrays.items()}
+    found: dict[str, Any] = {name: torch.from_numpy(value.copy()) for name, value in arrays.items()}
     generator.set_state(found.pop("generator"))
     chains = ChainState(
         state=State(positions=found.pop("positions")),
