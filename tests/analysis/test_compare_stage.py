@@ -4,8 +4,10 @@ import shutil
 
 import numpy as np
 import pytest
-from fake_run import SECTION, TRUE_DELTA_F, sample_folders
+from fake_run import POPULATIONS, SECTION, TRUE_DELTA_F, sample_folders
 
+from longstride.analysis.features import torsion_angles
+from longstride.analysis.samples import load_molecule
 from longstride.analysis.verdict import speedup_sentence
 from longstride.data.atomic import read_arrays, write_arrays
 from longstride.data.manifest import read_manifest, write_manifest
@@ -308,3 +310,77 @@ def test_without_plain_dynamics_the_reference_gives_the_rate(slowest):
     assert slowest([pooled_entry("tuned-md", 0.5, 400.0)], reference, None, None) == []
     elsewhere = slowest([pooled_entry("mts", 1.0, 1.0, target="gfn2-xtb")], reference, None, None)
     assert elsewhere[0]["against_msm"]["note"] == "no MSM of this target"
+
+
+def test_every_cell_has_a_verdict_and_the_reference_a_certificate(content, compared):
+    for entry in content["methods"]:
+        assert entry["verdict"]["reason"]
+    words = {(one["method"], one["seed"]): one["verdict"]["word"] for one in content["methods"]}
+    assert words["timewarp", 7] == "failed"
+    assert words["timewarp", 0] == "better"
+    assert words["explore", 0] == "worse", "negative control: wrong populations, 20 K hotter"
+    assert words["mts", 0] == "not converged", "one basin only"
+    certificate = content["reference"]["certification"]
+    assert certificate["word"] == "not certified", "seeded trajectories of 80 ps"
+    assert certificate["checks"]
+    with (compared / "verdicts.csv").open(newline="") as handle:
+        assert len(list(csv.DictReader(handle))) == len(content["methods"])
+
+
+def test_the_panel_has_three_tics_and_every_kind_of_size(content):
+    panel = entry_of(content, "timewarp")["panel"]
+    assert {"TIC0", "TIC1", "TIC2", "cos phi ALA2", "sin psi ALA2", "basin phi ALA2"} <= set(panel)
+    one = panel["TIC0"]
+    assert all(one[key] > 0 for key in ("timewarp_ess", "bulk_ess", "tail_ess", "batch_means_ess", "rhat"))
+    assert entry_of(content, "timewarp")["ess_per_core_hour"]["value"] > 0
+
+
+def weighted_copy(run_folder, tmp_path, log_weights):
+    """The samples of the biased method with weights; its populations are 0.3, 0.3, 0.4 instead of 0.55, 0.33, 0.12."""
+    folder = copy_one(run_folder, tmp_path, "explore")
+    arrays, _ = read_arrays(folder / "samples.safetensors")
+    arrays["log_weights"] = log_weights(arrays)
+    rewrite(folder, arrays, invariance="unadjusted")
+    return folder
+
+
+def right_weights(run_folder):
+    def of(arrays):
+        molecule = load_molecule(run_folder / "prepare/fake")
+        phi, psi = np.moveaxis(torsion_angles(arrays["positions"], molecule.topology, molecule.torsions), -1, 0)
+        basin = np.where(phi >= 0, 2, np.where((psi > np.radians(62)) | (psi < np.radians(-120)), 0, 1))
+        return np.log(POPULATIONS / np.array([0.3, 0.3, 0.4]))[basin] + 12.3
+
+    return of
+
+
+def test_weighted_samples_are_compared_with_their_weights(run_folder, tmp_path):
+    name = "phi ALA2"
+    folder = weighted_copy(run_folder, tmp_path / "right", right_weights(run_folder))
+    right = compare_one(run_folder, folder, tmp_path / "out")
+    assert right["delta_f"][name]["low"] < TRUE_DELTA_F < right["delta_f"][name]["high"]
+    assert right["basins"]["alpha-L"] == pytest.approx(0.12, abs=0.03)
+    kish = 1.0 / (POPULATIONS**2 / np.array([0.3, 0.3, 0.4])).sum()
+    assert right["weights"]["fraction"] == pytest.approx(kish, rel=0.05)
+    assert right["timescales"]["lags"] == []
+    assert right["panel"]["TIC0"]["bulk_ess"] is None
+    assert right["ess"]["value"] < 1440, "weights cost samples"
+    flat = compare_one(
+        run_folder, weighted_copy(run_folder, tmp_path / "flat", lambda one: 0 * one["potential_energy"]), tmp_path / "f"
+    )
+    assert flat["delta_f"][name]["high"] < TRUE_DELTA_F - 1, "negative control: equal weights"
+
+
+@pytest.mark.parametrize(("value", "word"), [(np.nan, "NaN or infinite"), (60.0, "carries 100 %")])
+def test_useless_weights_are_labelled(run_folder, tmp_path, value, word):
+    def spoilt(arrays):
+        weights = 0 * arrays["potential_energy"]
+        weights[3, 2] = value
+        return weights
+
+    entry = compare_one(run_folder, weighted_copy(run_folder, tmp_path, spoilt), tmp_path / "out")
+    assert word in entry["weights"]["note"]
+    assert word in entry["ess"]["note"]
+    assert entry["ess"]["value"] is None
+    assert entry["delta_f"]["phi ALA2"]["low"] is None
+    assert entry["verdict"]["word"] == "not converged"

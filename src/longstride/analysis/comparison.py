@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from scipy.special import logsumexp
 
 from longstride.analysis.basins import basin_summary
 from longstride.analysis.cell_verdict import cell_verdict, estimate_of
@@ -26,6 +27,7 @@ from longstride.analysis.method_analysis import (
     temperatures,
 )
 from longstride.analysis.reference_model import ReferenceModel, lag_frames, model_reference
+from longstride.analysis.weighted import check_weights
 from longstride.seeds import job_seed
 
 if TYPE_CHECKING:
@@ -67,8 +69,27 @@ def pooled_sets(cells: list[Cell]) -> dict[tuple[str, str], SampleSet]:
         manifest["cores"] = (manifest.get("timing") or {}).get("threads")
         for part in ("timing", "counts"):
             manifest[part] = _summed([dict(one.manifest.get(part) or {}) for one in sets])
-        found[key] = replace(sets[0], manifest=manifest, angles=angles, energy=energy, temperature={})
+        found[key] = replace(
+            sets[0],
+            manifest=manifest,
+            angles=angles,
+            energy=energy,
+            temperature={},
+            log_weights=_pooled_weights(sets, len(energy)),
+        )
     return found
+
+
+def _pooled_weights(sets: list[SampleSet], length: int) -> np.ndarray | None:
+    """Return the log-weights of several sets side by side, each set counting as its number of samples; None without any."""
+    if all(one.log_weights is None for one in sets):
+        return None
+    parts = []
+    for one in sets:
+        part = np.zeros(one.energy.shape)[:length] if one.log_weights is None else one.log_weights[:length]
+        # weights are known up to a constant that differs between seeds; unusable ones stay so and are labelled
+        parts.append(part - logsumexp(part) + np.log(part.size) if not check_weights(part) else part)
+    return np.concatenate(parts, axis=1)
 
 
 def _summed(parts: list[dict[str, Any]]) -> dict[str, Any]:

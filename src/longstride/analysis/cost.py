@@ -11,6 +11,7 @@ from longstride.analysis.convergence import batch_means_size, bulk_size, split_r
 from longstride.analysis.estimate import Estimate, undefined
 from longstride.analysis.features import Torsions, circular_feature_names, circular_features
 from longstride.analysis.tica_msm import TICAModel
+from longstride.analysis.weighted import weighted_size
 
 PANEL_TICS = 3
 
@@ -77,8 +78,20 @@ class ObservableSize:
     batches: Estimate
 
 
-def sizes(observables: dict[str, np.ndarray]) -> dict[str, ObservableSize]:
-    """Return ESS by every definition and R-hat of every observable [time, chain]."""
+def sizes(observables: dict[str, np.ndarray], log_weights: np.ndarray | None = None) -> dict[str, ObservableSize]:
+    """Return ESS by every definition and R-hat of every observable [time, chain].
+
+    Of weighted samples only the ESS that knows the weights is defined; their R-hat is that of the biased chains.
+    """
+    if log_weights is not None:
+        unknown = undefined("not defined for weighted samples")
+        return {
+            name: ObservableSize(
+                size=weighted_size(x, log_weights), timewarp=unknown, rhat=split_rhat(x), bulk=unknown, tail=unknown,
+                batches=unknown,
+            )
+            for name, x in observables.items()
+        }  # fmt: skip
     return {
         name: ObservableSize(
             size=effective_size(x), timewarp=timewarp_effective_size(x), rhat=split_rhat(x),

@@ -10,21 +10,27 @@ import numpy as np
 from longstride.analysis.autocorrelation import effective_size
 from longstride.analysis.convergence import mean_estimate
 from longstride.analysis.estimate import Estimate
+from longstride.analysis.weighted import check_weights, normalised_weights, weighted_mean, weighted_size
 from longstride.units import BOLTZMANN_KJ_PER_MOL_K
 
 KS_95 = 1.3581  # the 95 % point of the Kolmogorov distribution
 
 
-def ks_distance(x: np.ndarray, y: np.ndarray, y_weights: np.ndarray | None = None) -> float:
-    """Return the Kolmogorov-Smirnov distance max |F_x - F_y| of two samples; y may carry weights summing to 1."""
-    x, order = np.sort(x.ravel()), np.argsort(y.ravel(), kind="stable")
-    y = y.ravel()[order]
-    mass = np.full(y.shape, 1 / y.size) if y_weights is None else y_weights.ravel()[order]
-    steps = np.concatenate([[0.0], np.cumsum(mass)])
-    grid = np.concatenate([x, y])
-    cdf_x = np.searchsorted(x, grid, side="right") / x.size
-    cdf_y = steps[np.searchsorted(y, grid, side="right")]
-    return float(np.abs(cdf_x - cdf_y).max())
+def ks_distance(
+    x: np.ndarray, y: np.ndarray, y_weights: np.ndarray | None = None, x_weights: np.ndarray | None = None
+) -> float:
+    """Return the Kolmogorov-Smirnov distance max |F_x - F_y| of two samples; both may carry weights summing to 1."""
+    grid = np.concatenate([x.ravel(), y.ravel()])
+    return float(np.abs(_distribution(x, x_weights, grid) - _distribution(y, y_weights, grid)).max())
+
+
+def _distribution(x: np.ndarray, weights: np.ndarray | None, grid: np.ndarray) -> np.ndarray:
+    """Return the (weighted) empirical distribution function of x at the points of a grid."""
+    if weights is None:
+        return np.searchsorted(np.sort(x, axis=None), grid, side="right") / x.size
+    order = np.argsort(x, axis=None, kind="stable")
+    steps = np.concatenate([[0.0], np.cumsum(weights.ravel()[order])])
+    return steps[np.searchsorted(x.ravel()[order], grid, side="right")]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +63,10 @@ def _difference(a: Estimate, b: Estimate) -> Estimate:
 
 
 def compare_energies(
-    x: np.ndarray, baseline: np.ndarray | None, baseline_weights: np.ndarray | None = None
+    x: np.ndarray,
+    baseline: np.ndarray | None,
+    baseline_weights: np.ndarray | None = None,
+    log_weights: np.ndarray | None = None,
 ) -> EnergyComparison:
     """Compare energies x [time, chain] kJ/mol with a baseline [time, chain] of the same target.
 
@@ -65,8 +74,9 @@ def compare_energies(
         x: the method's potential energies.
         baseline: the baseline's, or None where there is none.
         baseline_weights: [time, chain] weights of the baseline, summing to 1 (MSM weights), or None.
+        log_weights: [time, chain] ln of the method's weights, or None.
     """
-    mean = mean_estimate(x)
+    mean = mean_estimate(x) if log_weights is None else weighted_mean(x, log_weights)
     nothing = Estimate(value=None, note="no baseline for this target")
     if baseline is None:
         return EnergyComparison(mean=mean, difference=nothing, ks=None, ks_noise=None, statement="no baseline")
@@ -82,9 +92,12 @@ def compare_energies(
             low=None if base.low is None else base.low + shift,
             high=None if base.high is None else base.high + shift,
         )
-    distance = ks_distance(x, baseline, baseline_weights)
-    sizes = effective_size(x).value, effective_size(baseline).value
-    if sizes[0] is None or sizes[1] is None:
+    usable = log_weights is None or not check_weights(log_weights)
+    own = None if log_weights is None or not usable else normalised_weights(log_weights)
+    distance = ks_distance(x, baseline, baseline_weights, own) if usable else None
+    size = effective_size(x) if log_weights is None else weighted_size(x, log_weights)
+    sizes = size.value, effective_size(baseline).value
+    if sizes[0] is None or sizes[1] is None or distance is None:
         statement = "the effective sizes are undefined, so agreement cannot be judged"
         return EnergyComparison(mean=mean, difference=_difference(mean, base), ks=distance, ks_noise=None, statement=statement)
     noise = KS_95 * math.sqrt((sizes[0] + sizes[1]) / (sizes[0] * sizes[1]))

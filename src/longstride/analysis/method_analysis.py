@@ -28,10 +28,18 @@ from longstride.analysis.free_energy import (
     basin_populations,
     crossings,
     delta_f_chains,
+    grid_index,
     rare_crossings,
 )
 from longstride.analysis.map_comparison import MapComparison, basins_of_grid, compare_maps
 from longstride.analysis.reference_model import Kinetics, ReferenceModel, chain_histograms, end_to_end, kinetics, lag_frames
+from longstride.analysis.weighted import (
+    check_weights,
+    kish_size,
+    normalised_weights,
+    weighted_delta_f,
+    weighted_free_energy,
+)
 from longstride.seeds import job_seed
 
 if TYPE_CHECKING:
@@ -185,7 +193,7 @@ def efficiency(samples: SampleSet, torsions: Torsions, reference: ReferenceModel
         reference: for its TICA.
         baseline: decides which observables must be resolved; None requires nothing.
     """
-    found = sizes(panel_of(samples.angles, torsions, reference))
+    found = sizes(panel_of(samples.angles, torsions, reference), samples.log_weights)
     smallest, observable = smallest_size(found, required=set() if baseline is None else baseline.required)
     counts, timing = samples.manifest.get("counts") or {}, samples.manifest.get("timing") or {}
     cores = timing.get("threads") or samples.manifest.get("cores")
@@ -201,13 +209,29 @@ def efficiency(samples: SampleSet, torsions: Torsions, reference: ReferenceModel
     }
 
 
+def _plain_weights(samples: SampleSet) -> np.ndarray | None:
+    """Return weights that sum to 1, or None where all samples weigh the same or the weights cannot be used."""
+    weights = samples.log_weights
+    return None if weights is None or check_weights(weights) else normalised_weights(weights)
+
+
+def _map_of(samples: SampleSet, torsions: Torsions, section: CompareConfig, *, seed: int) -> FreeEnergy | None:
+    if samples.log_weights is None or torsions.pair is None:
+        return chain_histograms(samples.angles, torsions, section, seed=seed)[0]
+    phi, psi = (samples.angles[..., k] for k in torsions.pair)
+    index = grid_index(phi, psi, section.bins)
+    options = {"bins": section.bins**2, "replicates": section.bootstrap, "seed": seed}
+    return weighted_free_energy(index, samples.log_weights, **options)
+
+
 def _free_energies(
     samples: SampleSet, torsions: Torsions, section: CompareConfig, baseline: Baseline | None, *, seed: int
 ) -> dict[str, Any]:
     found: dict[str, Any] = {"delta_f": {}, "map": None, "basins": None, "basins_visited": None}
     for k in torsions.phis:
         inside, name = samples.angles[..., k] >= 0, torsions.names[k]
-        estimate = delta_f_chains(inside)
+        weights = samples.log_weights
+        estimate = delta_f_chains(inside) if weights is None else weighted_delta_f(inside, weights)
         other = undefined("no baseline for this target") if baseline is None else baseline.delta_f[name]
         z, statement = agreement(estimate, other)
         found["delta_f"][name] = {
@@ -217,9 +241,9 @@ def _free_energies(
     if torsions.pair is None:
         return found
     phi, psi = (samples.angles[..., k] for k in torsions.pair)
-    found["basins"] = basin_populations(phi, psi)
+    found["basins"] = basin_populations(phi, psi, _plain_weights(samples))
     found["basins_visited"] = len(np.unique(basin_of(phi, psi)))
-    grid, _ = chain_histograms(samples.angles, torsions, section, seed=seed)
+    grid = _map_of(samples, torsions, section, seed=seed)
     if grid is not None and baseline is not None and baseline.map is not None:
         basins = basins_of_grid(section.bins)
         found["map"] = map_json(compare_maps(grid, baseline.map, limit=section.max_free_energy_kT, basins=basins))
@@ -231,6 +255,7 @@ def _energies(samples: SampleSet, baseline: Baseline | None) -> dict[str, Any]:
         samples.energy,
         None if baseline is None else baseline.energy,
         None if baseline is None else baseline.energy_weights,
+        samples.log_weights,
     )
     return {
         "mean": result.mean.to_json(),
@@ -264,6 +289,8 @@ def kinetics_json(found: Kinetics) -> list[dict[str, Any]]:
 
 
 def _timescales(samples: SampleSet, reference: ReferenceModel, section: CompareConfig, *, seed: int) -> dict[str, Any]:
+    if samples.log_weights is not None:
+        return {"note": "not computed: a bias acted on these samples, so their dynamics is not the molecule's", "lags": []}
     if not samples.manifest["physical_time"]:
         return {"note": "not computed: the steps of this method are not physical time", "lags": []}
     if reference.clusters is None:
@@ -309,6 +336,8 @@ def analyse_method(
     entry["baseline"] = "is the baseline" if baseline is not others else (baseline.name if baseline else "none")
     entry.update(efficiency(samples, torsions, reference, baseline))
     entry.update(_free_energies(samples, torsions, section, others, seed=seed))
+    if samples.log_weights is not None:
+        entry["weights"] = asdict(kish_size(samples.log_weights))
     entry["energy"] = _energies(samples, others)
     entry["temperature"] = temperatures(samples)
     entry["timescales"] = _timescales(samples, reference, section, seed=seed)

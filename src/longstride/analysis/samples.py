@@ -67,6 +67,7 @@ class SampleSet:
         energy: [time, chain] kJ/mol of the target.
         temperature: name ("all", "H", "C", ...) to [time, chain] K; empty without velocities.
         temperature_note: why there is no temperature per element.
+        log_weights: [time, chain] ln of the weights of biased samples, up to a constant; None where all weigh the same.
     """
 
     manifest: dict[str, Any]
@@ -74,6 +75,7 @@ class SampleSet:
     energy: np.ndarray
     temperature: dict[str, np.ndarray]
     temperature_note: str
+    log_weights: np.ndarray | None = None
 
     @property
     def size(self) -> int:
@@ -177,6 +179,7 @@ def _build(manifest: dict[str, Any], arrays: dict[str, np.ndarray], molecule: Mo
         energy=np.asarray(arrays["potential_energy"], dtype=np.float64),
         temperature=temperature,
         temperature_note=note,
+        log_weights=np.asarray(arrays["log_weights"], dtype=np.float64) if "log_weights" in arrays else None,
     )
 
 

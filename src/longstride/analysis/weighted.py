@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from scipy import special, stats
 
-from longstride.analysis.autocorrelation import check_series
+from longstride.analysis.autocorrelation import check_series, effective_size
 from longstride.analysis.bootstrap import multiplicities, unit_labels
 from longstride.analysis.convergence import standard_error
 from longstride.analysis.estimate import Estimate, undefined
@@ -173,6 +173,26 @@ def weighted_mean(x: np.ndarray, log_weights: np.ndarray) -> Estimate:
     size = max(float(influence.var(ddof=1)) / error.value**2, 2.0)
     half = float(stats.t.ppf(0.975, size - 1)) * error.value
     return Estimate(value=mean, low=mean - half, high=mean + half, note=error.note)
+
+
+def weighted_size(x: np.ndarray, log_weights: np.ndarray) -> Estimate:
+    """Return the effective sample size of weighted x [time, chain]: how many independent unweighted samples say as much.
+
+    Equation: Var_w(x) / MCSE^2 with the error of `weighted_mean`, so weights and correlation in time both count, and their
+    interplay (Kish's size knows the weights alone). Interval: of the correlation time of w (x - m). Undefined where one sample
+    carries much of the weight.
+    """
+    reason = check_weights(log_weights) or check_series(x)
+    if reason:
+        return undefined(reason)
+    relative = normalised_weights(log_weights) * x.size
+    note = _giant(float(relative.max()) / x.size, x.size)
+    if note:
+        return undefined(note)
+    centred = x - float((relative * x).mean())
+    influence = relative * centred
+    size = effective_size(influence)
+    return size.scaled(float((relative * centred**2).mean() / influence.var())) if size.defined else size
 
 
 def weighted_delta_f(indicator: np.ndarray, log_weights: np.ndarray) -> Estimate:
