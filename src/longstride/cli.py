@@ -203,7 +203,7 @@ def _add_sample(commands: Any) -> None:  # noqa: ANN401 - argparse keeps its sub
         "--method",
         required=True,
         choices=cfg.METHODS,
-        help="exact: timewarp; unadjusted: md, tuned-md, mts, sts; biased: explore",
+        help="exact: timewarp, tempering; unadjusted: md, tuned-md, metadynamics, mts, sts; biased: explore",
     )
     sample.add_argument("--seed", type=int, default=0, metavar="K", help="repeat number (default: 0)")
     sample.add_argument(

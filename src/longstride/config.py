@@ -20,7 +20,7 @@ from longstride.errors import ConfigError
 from longstride.fingerprints import files_digest
 
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$")]
-Method = Literal["md", "tuned-md", "timewarp", "explore", "mts", "sts"]
+Method = Literal["md", "tuned-md", "metadynamics", "tempering", "timewarp", "explore", "mts", "sts"]
 METHODS: tuple[Method, ...] = typing.get_args(Method)
 IN_A_BOX: tuple[Method, ...] = ("mts", "sts")
 DEFAULT_METHODS: tuple[Method, ...] = ("md", "timewarp", "explore", "mts", "sts")
@@ -414,6 +414,71 @@ class TunedMDSampling(Section):
         return self
 
 
+class MetadynamicsSampling(Section):
+    """Method `metadynamics`: well-tempered metadynamics of phi and psi in OpenMM, then weighted samples on the frozen bias."""
+
+    walkers: int = Field(4, ge=2, description="walkers that fill one bias together and then sample on it, one core each")
+    residue: int = Field(
+        0,
+        ge=0,
+        description="residue whose phi and psi are biased, from 1 over those that have both; 0: as in Ramachandran maps",
+    )
+    fill_ps: float = Field(100.0, gt=0, description="time in which each walker lays hills; nothing of it is kept")
+    length_ps: float = Field(100.0, gt=0, description="time for which each walker then samples, with the bias frozen")
+    bias_factor: float = Field(10.0, gt=1, le=1000, description="of well-tempering: the bias ends at (1 - 1/factor) of -F")
+    hill_height_kJ_per_mol: float = Field(1.0, gt=0, description="height of the first hills")
+    hill_width_rad: float = Field(0.35, gt=0, le=2, description="standard deviation of hills along each torsion")
+    hill_every_ps: float = Field(0.2, gt=0, description="time between two hills of a walker")
+    share_every_ps: float = Field(2.0, gt=0, description="time between exchanges of hills, and between checkpoints")
+    grid: int = Field(72, ge=12, le=720, description="intervals per torsion of the tabulated bias")
+    timestep_fs: float = Field(2.0, gt=0, description="integration step")
+    friction_per_ps: float = Field(1.0, gt=0, description="Langevin friction")
+    hydrogen_mass_Da: float | None = Field(3.024, ge=1, le=4, description="hydrogen mass; null keeps 1.008")
+    equilibration_ps: float = Field(5.0, ge=0, description="discarded start of each walker, without bias")
+    save_every_ps: float = Field(0.2, gt=0, description="time between saved frames")
+
+    @model_validator(mode="after")
+    def _whole_rounds(self) -> MetadynamicsSampling:
+        for name in ("hill_every_ps", "save_every_ps"):
+            _check_multiple(getattr(self, name) * 1000, self.timestep_fs, name, "timestep_fs")
+            _check_multiple(self.share_every_ps, getattr(self, name), "share_every_ps", name)
+        for name in ("fill_ps", "length_ps"):
+            _check_multiple(getattr(self, name), self.share_every_ps, name, "share_every_ps")
+        return self
+
+
+class TemperingSampling(Section):
+    """Method `tempering`: exact parallel tempering on the batched force field, the strongest baseline without learning."""
+
+    ladders: int = Field(16, ge=2, description="independent ladders of temperatures, advanced together; each is one chain")
+    hottest_K: float = Field(700.0, gt=0, description="temperature of the last rung; the first has that of the target")
+    swap_acceptance: float = Field(
+        0.3, gt=0, lt=1, description="wanted for swaps of neighbours: the number of rungs follows from the energies' variance"
+    )
+    cycles: int = Field(1000, ge=2, description="cycles per ladder: local moves on all rungs, then swaps")
+    burn_in: int = Field(100, ge=0, description="cycles discarded before the first saved one")
+    save_every: int = Field(2, ge=1, description="cycles between saved states")
+    checkpoint_every: int = Field(100, ge=1, description="cycles between checkpoints")
+    local_moves: Literal["ghmc", "hmc"] = Field("ghmc", description="dynamics on every rung, both exact")
+    local_steps: int = Field(10, ge=1, description="integration steps per cycle")
+    local_timestep_fs: float = Field(2.0, gt=0, description="integration step of local moves")
+    local_friction_per_ps: float = Field(1.0, gt=0, description="Langevin friction of local moves (ghmc)")
+    local_hydrogen_mass_Da: float | None = Field(
+        3.024, ge=1, le=4, description="hydrogen mass in local moves (positions stay Boltzmann); null keeps 1.008"
+    )
+    torsion_moves: int = Field(0, ge=0, description="local torsion moves before the dynamics of every cycle; 0: dynamics alone")
+    energies: Energies = Field("batched", description=ENERGIES)
+    compile_energy: bool | None = Field(
+        None,
+        description="compile the target energy, several times faster after 10-40 s once; null: where a C++ compiler is found",
+    )
+
+    @model_validator(mode="after")
+    def _whole_saves(self) -> TemperingSampling:
+        _check_multiple(self.cycles, self.save_every, "cycles", "save_every")
+        return self
+
+
 class FlowSampling(Section):
     """What both methods with flow proposals share."""
 
@@ -531,10 +596,14 @@ class STSSampling(Section):
 class SampleConfig(Section):
     """Which methods run, how often, and how."""
 
-    methods: tuple[Method, ...] = Field(DEFAULT_METHODS, min_length=1, description="methods to run; tuned-md is another one")
+    methods: tuple[Method, ...] = Field(
+        DEFAULT_METHODS, min_length=1, description="methods to run; others are tuned-md, metadynamics and tempering"
+    )
     seeds: int = Field(2, ge=1, le=1000, description="independent repeats of every method")
     md: MDSampling = MDSampling()
     tuned_md: TunedMDSampling = TunedMDSampling()
+    metadynamics: MetadynamicsSampling = MetadynamicsSampling()
+    tempering: TemperingSampling = TemperingSampling()
     timewarp: TimewarpSampling = TimewarpSampling()
     explore: ExploreSampling = ExploreSampling()
     mts: MTSSampling = MTSSampling()

@@ -34,6 +34,8 @@ CONFIG_VARIABLE = "LONGSTRIDE_CONFIG"
 MODULES = {
     "md": "sample_md",
     "tuned-md": "sample_tuned_md",
+    "metadynamics": "sample_metadynamics",
+    "tempering": "sample_tempering",
     "timewarp": "sample_flow",
     "explore": "sample_flow",
     "mts": "sample_mts",

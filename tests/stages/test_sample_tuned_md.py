@@ -104,5 +104,5 @@ def test_an_unknown_force_is_refused_before_anything_runs(alanine):
 
 
 def test_a_run_has_the_method_only_on_request():
-    assert set(METHODS) - set(DEFAULT_METHODS) == {"tuned-md"}
+    assert set(METHODS) - set(DEFAULT_METHODS) == {"tuned-md", "metadynamics", "tempering"}
     assert Config().sample.methods == DEFAULT_METHODS

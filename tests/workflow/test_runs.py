@@ -17,7 +17,7 @@ from longstride.config import Config, load_config, validate
 from longstride.errors import ConfigError, LongstrideError
 
 STAGES = ("prepare", "reference", "shard", "flow", "distill", "compare", "dynamics", "report")
-METHODS = ("md", "tuned-md", "timewarp", "explore", "mts", "sts")
+METHODS = ("md", "tuned-md", "metadynamics", "tempering", "timewarp", "explore", "mts", "sts")
 
 
 @pytest.fixture(autouse=True)
@@ -44,6 +44,8 @@ def _keys(values: dict) -> dict[str, str]:
         ({"distill": {"teacher": "gfn1-xtb"}}, {"distill", "mts", "sts"}),
         ({"sample": {"md": {"chains": 8}}}, {"md"}),
         ({"sample": {"tuned_md": {"chains": 8}}}, {"tuned-md"}),
+        ({"sample": {"metadynamics": {"walkers": 8}}}, {"metadynamics"}),
+        ({"sample": {"tempering": {"ladders": 8}}}, {"tempering"}),
         ({"sample": {"timewarp": {"chains": 8}}}, {"timewarp"}),
         ({"sample": {"seeds": 4}}, set()),
         ({"compare": {"bins": 12}}, {"compare"}),

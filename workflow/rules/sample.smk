@@ -9,10 +9,10 @@ rule sample_baseline:
     benchmark:
         "<run>/benchmarks/sample/{system}/{method}/seed{seed}.tsv"
     wildcard_constraints:
-        method="md|tuned-md|sts",
+        method="md|tuned-md|metadynamics|tempering|sts",
     conda:
         "../../envs/longstride.yaml"
-    threads: lambda wildcards: 1 if wildcards.method == "tuned-md" else 8
+    threads: lambda wildcards: 1 if wildcards.method in ("tuned-md", "tempering") else 8
     resources:
         mem_mb=4000,
         runtime=240,

@@ -48,6 +48,14 @@ def run(method: Method, config: Config, *, inputs: SampleInputs, out: Path, stat
         from longstride.stages.sample_tuned_md import run_tuned_md
 
         run_tuned_md(sections.tuned_md, physics=physics, **job)
+    elif method == "metadynamics":
+        from longstride.stages.sample_metadynamics import run_metadynamics_method
+
+        run_metadynamics_method(sections.metadynamics, physics=physics, **job)
+    elif method == "tempering":
+        from longstride.stages.sample_tempering import run_tempering_method
+
+        run_tempering_method(sections.tempering, physics=physics, **job)
     elif method in ("timewarp", "explore"):
         from longstride.stages.sample_flow import run_explore, run_timewarp
 
