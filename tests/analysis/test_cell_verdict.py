@@ -1,8 +1,19 @@
+import numpy as np
 import pytest
 
 from longstride.analysis.cell_verdict import WORDS, cell_verdict
-from longstride.analysis.cost import amortised_rate, break_even_peptides, core_hours
+from longstride.analysis.cost import (
+    StatePaths,
+    amortised_rate,
+    break_even_peptides,
+    core_hours,
+    moving,
+    panel,
+    sizes,
+    smallest_size,
+)
 from longstride.analysis.estimate import Estimate, undefined
+from longstride.analysis.features import Torsions
 
 
 def values(value, low=None, high=None, note=""):
@@ -128,3 +139,17 @@ def test_amortised_rates():
     assert amortised_rate(size, sampling_s=1.0, preparation_s=None, peptides=1).value is None
     assert core_hours(1800.0, 4) == 2.0
     assert core_hours(1800.0, None) is None
+
+
+def test_macrostates_join_the_panel_and_one_never_visited_counts():
+    torsions = Torsions(names=("phi ALA2", "psi ALA2"), indices=np.zeros((2, 4), dtype=int), pair=(0, 1))
+    generator = np.random.default_rng(0)
+    angles, states = generator.uniform(-3, 3, size=(300, 4, 2)), generator.integers(0, 3, size=(300, 4))
+    full = panel(angles, torsions, None, StatePaths(index=states, count=3))
+    assert {"macrostate 0", "macrostate 1", "macrostate 2"} <= set(full)
+    assert "macrostate 1" not in panel(angles, torsions, None, StatePaths(index=states % 2, count=2)), "one of two is enough"
+    poor = panel(angles, torsions, None, StatePaths(index=states % 2, count=3))
+    size, name = smallest_size(sizes(poor), required=moving(full))
+    assert (size.value, name) == (None, "macrostate 2")
+    assert smallest_size(sizes(full), required=moving(full))[0].value > 500
+    assert "macrostate 0" not in panel(angles, torsions, None, None)

@@ -10,7 +10,7 @@ from longstride.analysis import figures
 from longstride.analysis.autocorrelation import autocorrelation
 from longstride.analysis.cost import panel
 from longstride.analysis.free_energy import FreeEnergy, bin_edges
-from longstride.analysis.reference_model import chain_histograms
+from longstride.analysis.method_analysis import sample_histograms
 from longstride.seeds import job_seed
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ def _free_energies(
         for (of, method), samples in sorted(found.pooled.items()):
             if of == target:
                 identity = job_seed(seed, "pooled", target, method)
-                grid, profile = chain_histograms(samples.angles, molecule.torsions, section, seed=identity)
+                grid, profile = sample_histograms(samples, molecule.torsions, section, seed=identity)
                 label = f"{method} ({samples.manifest['invariance']})"
                 maps.append((label, grid))
                 lines.append((method, label, profile))

@@ -26,6 +26,7 @@ from longstride.analysis.free_energy import (
     agreement,
     basin_of,
     basin_populations,
+    bin_index,
     crossings,
     delta_f_chains,
     grid_index,
@@ -95,7 +96,10 @@ def state_paths(angles: np.ndarray, reference: ReferenceModel) -> StatePaths | N
     states = getattr(reference, "macrostates", None)
     if states is None:
         return None
-    return StatePaths(index=np.asarray(states(angles)), count=int(states.count))
+    count = getattr(states, "n_states", None)
+    if count is None:  # a plain function: the reference shows how many there are
+        count = np.asarray(states(reference.samples.angles)).max() + 1
+    return StatePaths(index=np.asarray(states(angles)), count=int(count))
 
 
 def _map_with_events(reference: ReferenceModel, torsions: Torsions) -> FreeEnergy | None:
@@ -215,13 +219,17 @@ def _plain_weights(samples: SampleSet) -> np.ndarray | None:
     return None if weights is None or check_weights(weights) else normalised_weights(weights)
 
 
-def _map_of(samples: SampleSet, torsions: Torsions, section: CompareConfig, *, seed: int) -> FreeEnergy | None:
-    if samples.log_weights is None or torsions.pair is None:
-        return chain_histograms(samples.angles, torsions, section, seed=seed)[0]
+def sample_histograms(
+    samples: SampleSet, torsions: Torsions, section: CompareConfig, *, seed: int
+) -> tuple[FreeEnergy | None, FreeEnergy | None]:
+    """Return the (phi, psi) map and the phi profile of a sample set, weighted where it has weights; None without torsions."""
+    weights = samples.log_weights
+    if weights is None or torsions.pair is None:
+        return chain_histograms(samples.angles, torsions, section, seed=seed)
     phi, psi = (samples.angles[..., k] for k in torsions.pair)
-    index = grid_index(phi, psi, section.bins)
-    options = {"bins": section.bins**2, "replicates": section.bootstrap, "seed": seed}
-    return weighted_free_energy(index, samples.log_weights, **options)
+    bins, common = section.bins, {"replicates": section.bootstrap, "seed": seed}
+    grid = weighted_free_energy(grid_index(phi, psi, bins), weights, bins=bins**2, **common)
+    return grid, weighted_free_energy(bin_index(phi, bins), weights, bins=bins, **common)
 
 
 def _free_energies(
@@ -243,7 +251,7 @@ def _free_energies(
     phi, psi = (samples.angles[..., k] for k in torsions.pair)
     found["basins"] = basin_populations(phi, psi, _plain_weights(samples))
     found["basins_visited"] = len(np.unique(basin_of(phi, psi)))
-    grid = _map_of(samples, torsions, section, seed=seed)
+    grid, _ = sample_histograms(samples, torsions, section, seed=seed)
     if grid is not None and baseline is not None and baseline.map is not None:
         basins = basins_of_grid(section.bins)
         found["map"] = map_json(compare_maps(grid, baseline.map, limit=section.max_free_energy_kT, basins=basins))

@@ -16,6 +16,8 @@ METHOD_NOTES = {
     "tuned-md": "Langevin dynamics of many replicas at once on the batched force field: the tuned baseline on that target.",
     "timewarp": "A conditional normalising flow proposes the molecule a long time ahead; Metropolis-Hastings makes it exact.",
     "explore": "The same flow proposals without the correction, with an energy filter against broken structures.",
+    "metadynamics": "Well-tempered metadynamics on torsions, then dynamics on the frozen bias; weights undo it.",
+    "tempering": "Parallel tempering: replicas at higher temperatures exchange with the one at the target temperature.",
     "mts": "RESPA dynamics: the distilled student every inner step, the teacher every outer step.",
     "sts": "Single-step Langevin dynamics with the teacher alone: the baseline of mts.",
 }

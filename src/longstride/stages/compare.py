@@ -11,7 +11,7 @@ import numpy as np
 from longstride.analysis import compare_figures, paper_rows, tables
 from longstride.analysis.comparison import Comparison, analyse, table_of
 from longstride.analysis.free_energy import bin_edges
-from longstride.analysis.reference_model import chain_histograms
+from longstride.analysis.method_analysis import sample_histograms
 from longstride.analysis.samples import load_cell, load_molecule, load_reference
 from longstride.analysis.umbrella import attach_umbrella, load_umbrella
 from longstride.data.atomic import write_json
@@ -154,8 +154,8 @@ def _write_free_energies(found: Comparison, molecule: Molecule, section: Compare
     profiles = {"reference_msm": model.profile_msm, "reference_raw": model.profile_raw}
     for (target, method), samples in sorted(found.pooled.items()):
         key = method if target == model.samples.manifest["target"] else f"{method}_{target}"
-        maps[key], profiles[key] = chain_histograms(
-            samples.angles, molecule.torsions, section, seed=job_seed(seed, "pooled", target, method)
+        maps[key], profiles[key] = sample_histograms(
+            samples, molecule.torsions, section, seed=job_seed(seed, "pooled", target, method)
         )
     centres = np.degrees((bin_edges(bins)[1:] + bin_edges(bins)[:-1]) / 2)
     columns = [f"{name}_{part}_kT" for name in maps for part in ("F", "error")]
