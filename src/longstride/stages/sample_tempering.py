@@ -173,6 +173,7 @@ def _write(
     labels = ", ".join(f"{name} {value:.3f}" for name, value in content["acceptance_by_label"].items())
     rates = result.swap_acceptance
     print(
-        f"tempering: {section.ladders} ladders of {len(temperatures)} rungs to {temperatures[-1]:.0f} K in {tally.sampling_s:.1f} s;"
-        f" swaps {rates.min():.2f} to {rates.max():.2f}, {content['round_trips']} round trips, accepted {labels}"
+        f"tempering: {section.ladders} ladders of {len(temperatures)} rungs to {temperatures[-1]:.0f} K in"
+        f" {tally.sampling_s:.1f} s; swaps {rates.min():.2f} to {rates.max():.2f},"
+        f" {content['round_trips']} round trips, accepted {labels}"
     )
