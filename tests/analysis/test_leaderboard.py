@@ -93,6 +93,10 @@ def test_training_is_paid_back_in_peptides(content, tmp_path):
     if speed["measured"]["value"]:
         plain = pooled["tuned-md"]
         assert row["break_even_peptides_at_1000_ess"] == pytest.approx(100 / (1000 / plain - 1000 / pooled["timewarp"]))
+    pool = next(one for one in content["pooled"] if one["method"] == "timewarp")
+    alone, shared = (row[f"ess_amortised_over_{n}_per_s"] for n in ("1_peptide", "100_peptides"))
+    assert alone == pytest.approx(pool["ess"]["value"] / (pool["sampling_s"] + 100))
+    assert shared == pytest.approx(pool["ess"]["value"] / (pool["sampling_s"] + 1))
     untrained = row_of(rows_of_comparison(content, run=tmp_path / "elsewhere"), "timewarp")
     assert untrained.get("break_even_peptides_at_1000_ess") is None, "unknown cost is not zero cost"
 

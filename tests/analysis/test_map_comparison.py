@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from fake_run import CENTRES, EXCHANGE, POPULATIONS, WIDTH
@@ -99,6 +101,16 @@ def test_one_uncertain_crossing_is_no_evidence():
         for n in (2, 1000)
     ]
     assert verdicts == ["agrees", "differs"]
+
+
+def test_a_map_of_chains_that_have_not_mixed_is_no_evidence():
+    """Four chains, each in the basin where it started: twenty blocks of them look like twenty independent units."""
+    generator = np.random.default_rng(7)
+    stuck = CENTRES[np.array([1, 1, 2, 2])] + WIDTH * ar1(generator, times=50, chains=8, phi=0.8).reshape(50, 4, 2)
+    grid, reference = map_of(stuck), map_of(torsions(generator))
+    naive = compare_maps(grid, reference, limit=5.0, basins=BASIN_OF_BIN)
+    honest = compare_maps(replace(grid, units=2), reference, limit=5.0, basins=BASIN_OF_BIN)
+    assert naive.p_value < LEVEL < honest.p_value
 
 
 def test_maps_without_overlap_or_errors_are_undefined():

@@ -12,7 +12,7 @@ import numpy as np
 from scipy import stats
 
 from longstride.analysis.cell_verdict import STRONGEST_FIRST, WORDS, estimate_of
-from longstride.analysis.cost import break_even_peptides
+from longstride.analysis.cost import amortised_rate, break_even_peptides
 from longstride.errors import DataError
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ COLUMNS = (
     "target", "system", "rank", "method", "invariance", "seeds", "seeds_planned", "verdict", "reason", "certified_reference",
     "ess_per_energy_call", "ess_per_force_call", "ess_per_core_hour", "acceptance", "rmse_free_energy_kT", "run", "commit",
     "interval_from", "ess_median_per_s", "ess_ci_low_per_s", "ess_ci_high_per_s", "speed_up", "versus",
-    "break_even_peptides_at_1000_ess",
+    "ess_amortised_over_1_peptide_per_s", "ess_amortised_over_100_peptides_per_s", "break_even_peptides_at_1000_ess",
 )  # fmt: skip
 
 
@@ -154,5 +154,11 @@ def _speed(content: dict[str, Any], target: str, method: str, pooled: dict[str, 
             cost = preparation_seconds(run, content["system"], method)
             ours, theirs = estimate_of(pooled["ess_per_s"]), estimate_of(plain)
             paid = break_even_peptides(ours, theirs, preparation_s=cost, samples=SAMPLES_PER_PEPTIDE)
-            return found | {"break_even_peptides_at_1000_ess": paid.value}
+            shared = {"sampling_s": pooled["sampling_s"], "preparation_s": cost}
+            size = estimate_of(pooled["ess"])
+            return found | {
+                "break_even_peptides_at_1000_ess": paid.value,
+                "ess_amortised_over_1_peptide_per_s": amortised_rate(size, peptides=1, **shared).value,
+                "ess_amortised_over_100_peptides_per_s": amortised_rate(size, peptides=100, **shared).value,
+            }
     return {"speed_up": None, "versus": None}

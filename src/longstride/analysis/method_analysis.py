@@ -233,7 +233,13 @@ def sample_histograms(
 
 
 def _free_energies(
-    samples: SampleSet, torsions: Torsions, section: CompareConfig, baseline: Baseline | None, *, seed: int
+    samples: SampleSet,
+    torsions: Torsions,
+    section: CompareConfig,
+    baseline: Baseline | None,
+    *,
+    effective: float | None,
+    seed: int,
 ) -> dict[str, Any]:
     found: dict[str, Any] = {"delta_f": {}, "map": None, "basins": None, "basins_visited": None}
     for k in torsions.phis:
@@ -253,6 +259,8 @@ def _free_energies(
     found["basins_visited"] = len(np.unique(basin_of(phi, psi)))
     grid, _ = sample_histograms(samples, torsions, section, seed=seed)
     if grid is not None and baseline is not None and baseline.map is not None:
+        # blocks of a few chains that have not mixed are not independent: no more units than effective samples
+        grid = replace(grid, units=max(2, min(grid.units, int(effective or 0))))
         basins = basins_of_grid(section.bins)
         found["map"] = map_json(compare_maps(grid, baseline.map, limit=section.max_free_energy_kT, basins=basins))
     return found
@@ -343,7 +351,7 @@ def analyse_method(
     others = None if baseline is not None and cell.method in baseline.methods else baseline
     entry["baseline"] = "is the baseline" if baseline is not others else (baseline.name if baseline else "none")
     entry.update(efficiency(samples, torsions, reference, baseline))
-    entry.update(_free_energies(samples, torsions, section, others, seed=seed))
+    entry.update(_free_energies(samples, torsions, section, others, effective=entry["ess"]["value"], seed=seed))
     if samples.log_weights is not None:
         entry["weights"] = asdict(kish_size(samples.log_weights))
     entry["energy"] = _energies(samples, others)
