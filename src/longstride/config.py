@@ -455,18 +455,18 @@ class TemperingSampling(Section):
     swap_acceptance: float = Field(
         0.3, gt=0, lt=1, description="wanted for swaps of neighbours: the number of rungs follows from the energies' variance"
     )
-    cycles: int = Field(1000, ge=2, description="cycles per ladder: local moves on all rungs, then swaps")
+    cycles: int = Field(400, ge=2, description="cycles per ladder: local moves on all rungs, then swaps")
     burn_in: int = Field(100, ge=0, description="cycles discarded before the first saved one")
     save_every: int = Field(2, ge=1, description="cycles between saved states")
     checkpoint_every: int = Field(100, ge=1, description="cycles between checkpoints")
-    local_moves: Literal["ghmc", "hmc"] = Field("ghmc", description="dynamics on every rung, both exact")
+    local_moves: Literal["ghmc", "hmc"] = Field("hmc", description="dynamics on every rung, both exact")
     local_steps: int = Field(10, ge=1, description="integration steps per cycle")
     local_timestep_fs: float = Field(2.0, gt=0, description="integration step of local moves")
     local_friction_per_ps: float = Field(1.0, gt=0, description="Langevin friction of local moves (ghmc)")
     local_hydrogen_mass_Da: float | None = Field(
         3.024, ge=1, le=4, description="hydrogen mass in local moves (positions stay Boltzmann); null keeps 1.008"
     )
-    torsion_moves: int = Field(0, ge=0, description="local torsion moves before the dynamics of every cycle; 0: dynamics alone")
+    torsion_moves: int = Field(4, ge=0, description="local torsion moves before the dynamics of every cycle; 0: dynamics alone")
     energies: Energies = Field("batched", description=ENERGIES)
     compile_energy: bool | None = Field(
         None,

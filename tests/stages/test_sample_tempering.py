@@ -16,7 +16,16 @@ from longstride.stages import sample
 from longstride.state import State
 
 SECTION = TemperingSampling(
-    ladders=3, cycles=12, burn_in=3, save_every=2, checkpoint_every=4, local_steps=2, hottest_K=450.0, compile_energy=False
+    ladders=3,
+    cycles=12,
+    burn_in=3,
+    save_every=2,
+    checkpoint_every=4,
+    local_moves="ghmc",
+    local_steps=2,
+    torsion_moves=0,
+    hottest_K=450.0,
+    compile_energy=False,
 )
 
 
