@@ -448,7 +448,7 @@ class MetadynamicsSampling(Section):
 
 
 class TemperingSampling(Section):
-    """Method `tempering`: exact parallel tempering on the batched force field, the strongest baseline without learning."""
+    """Method `tempering`: exact parallel tempering on the batched force field, many ladders at once."""
 
     ladders: int = Field(16, ge=2, description="independent ladders of temperatures, advanced together; each is one chain")
     hottest_K: float = Field(700.0, gt=0, description="temperature of the last rung; the first has that of the target")
