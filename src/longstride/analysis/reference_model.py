@@ -19,6 +19,7 @@ from longstride.analysis.free_energy import (
     from_weights,
     grid_index,
 )
+from longstride.analysis.markov_model import Macrostates, macrostates, transition_counts
 from longstride.analysis.reweighting import Reweighting, reweight
 from longstride.analysis.tica_msm import Clusters, ImpliedTimescales, TICAModel, cluster, fit_tica, implied_timescales
 from longstride.seeds import job_seed
@@ -84,6 +85,30 @@ def kinetics(paths: list[np.ndarray], *, states: int, lags: list[int], spacing_p
 
 
 @dataclass(frozen=True, kw_only=True)
+class MacrostateAssignment:
+    """Assigns frames to the macrostates of the reference.
+
+    Attributes:
+        clusters: k-means states.
+        macrostates: which of them belong together.
+    """
+
+    clusters: Clusters
+    macrostates: Macrostates
+
+    @property
+    def n_states(self) -> int:
+        """Number of macrostates."""
+        return self.macrostates.n_states
+
+    def __call__(self, angles: np.ndarray) -> np.ndarray:
+        """Return the macrostate of angles [..., torsion] rad, [...] int; -1 in states outside the connected set."""
+        features = circular_features(angles)
+        states = self.clusters.assign(features.reshape(-1, features.shape[-1]))
+        return self.macrostates.of_state[states].reshape(angles.shape[:-1])
+
+
+@dataclass(frozen=True, kw_only=True)
 class ReferenceModel:
     """The analysed reference. Fields are None where the molecule has no torsions or the data do not suffice.
 
@@ -100,6 +125,7 @@ class ReferenceModel:
         delta_f_raw: torsion name to the plain one.
         kinetics: implied timescales.
         tica_pyemma: [component] TICA timescales of PyEMMA in frames.
+        macrostates: assigns angles [..., torsion] rad to the metastable sets of the MSM; None without an MSM.
     """
 
     samples: SampleSet
@@ -114,6 +140,7 @@ class ReferenceModel:
     delta_f_raw: dict[str, Estimate]
     kinetics: Kinetics | None
     tica_pyemma: np.ndarray | None
+    macrostates: MacrostateAssignment | None = None
 
     @property
     def frame_weights(self) -> np.ndarray | None:
@@ -190,4 +217,13 @@ def model_reference(samples: SampleSet, torsions: Torsions, section: CompareConf
         delta_f_raw=delta_f_raw,
         kinetics=kinetics(paths, states=clusters.n_states, lags=lags, spacing_ps=spacing, seed=job_seed(seed, "timescales")),
         tica_pyemma=None if tica is None else pyemma_bridge.tica_timescales(series, lag=tica_lag, count=TIMESCALES),
+        macrostates=assignment_of(clusters, weights, paths),
     )
+
+
+def assignment_of(clusters: Clusters, weights: Reweighting, paths: list[np.ndarray]) -> MacrostateAssignment | None:
+    """Return the macrostates of the MSM behind the weights of the reference, or None where there is no MSM."""
+    if weights.model is None:
+        return None
+    counts = transition_counts(paths, states=clusters.n_states, lag=weights.lag)
+    return MacrostateAssignment(clusters=clusters, macrostates=macrostates(weights.model, counts, lag=weights.lag))

@@ -29,6 +29,7 @@ class Reweighting:
         segments: [frame] bootstrap segment of every frame.
         draws: [replicate, segment] how often each segment is drawn.
         stationaries: [replicate, state] stationary distribution of each replicate, zero outside its connected set.
+        model: the MSM itself, or None.
     """
 
     weights: np.ndarray | None
@@ -40,6 +41,7 @@ class Reweighting:
     segments: np.ndarray
     draws: np.ndarray
     stationaries: np.ndarray
+    model: MarkovModel | None = None
 
     @property
     def replicates(self) -> int:
@@ -103,4 +105,5 @@ def reweight(paths: list[np.ndarray], *, states: int, lag: int, replicates: int,
     return Reweighting(
         weights=weights, connected_fraction=fraction, note=note, paths=joined, segments=joined_segments, draws=draws,
         stationaries=stationaries, lag=lag, lengths=tuple(len(path) for path in paths),
+        model=model,
     )  # fmt: skip
