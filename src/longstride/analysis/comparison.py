@@ -26,7 +26,7 @@ from longstride.analysis.method_analysis import (
     pool,
     temperatures,
 )
-from longstride.analysis.reference_model import ReferenceModel, lag_frames, model_reference
+from longstride.analysis.reference_model import ReferenceModel, lag_frames, model_reference, reference_markov_json
 from longstride.analysis.weighted import check_weights
 from longstride.seeds import job_seed
 
@@ -224,6 +224,7 @@ def reference_json(
             "connected_fraction": None if weights is None else weights.connected_fraction,
             "note": "no torsions" if weights is None else weights.note,
             "slowest_timescale_ps": slowest.to_json(),
+            **reference_markov_json(reference),
         },
         "timescales": [] if reference.kinetics is None else kinetics_json(reference.kinetics),
         "estimators_differ_by": None if reference.kinetics is None else reference.kinetics.disagreement,

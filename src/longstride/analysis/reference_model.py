@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -18,6 +18,13 @@ from longstride.analysis.free_energy import (
     from_chains,
     from_weights,
     grid_index,
+)
+from longstride.analysis.markov_analysis import (
+    MarkovAnalysis,
+    analyse_markov,
+    macrostate_rows,
+    markov_json,
+    require_physical_time,
 )
 from longstride.analysis.markov_model import Macrostates, macrostates, transition_counts
 from longstride.analysis.reweighting import Reweighting, reweight
@@ -126,6 +133,8 @@ class ReferenceModel:
         kinetics: implied timescales.
         tica_pyemma: [component] TICA timescales of PyEMMA in frames.
         macrostates: assigns angles [..., torsion] rad to the metastable sets of the MSM; None without an MSM.
+        markov: Bayesian errors, Chapman-Kolmogorov test and passage times; None without an MSM.
+        pair: positions of the (phi, psi) that is shown, or None.
     """
 
     samples: SampleSet
@@ -141,6 +150,8 @@ class ReferenceModel:
     kinetics: Kinetics | None
     tica_pyemma: np.ndarray | None
     macrostates: MacrostateAssignment | None = None
+    markov: MarkovAnalysis | None = None
+    pair: tuple[int, int] | None = None
 
     @property
     def frame_weights(self) -> np.ndarray | None:
@@ -204,6 +215,12 @@ def model_reference(samples: SampleSet, torsions: Torsions, section: CompareConf
         map_msm = from_weights(grid_index(phi, psi, section.bins), weights, bins=section.bins**2)
         profile_msm = from_weights(bin_index(phi, section.bins), weights, bins=section.bins)
     lags = sorted({lag, *(lag_frames(one, spacing) for one in section.msm_lags_ps)})
+    require_physical_time(samples.manifest)
+    assignment = assignment_of(clusters, weights, paths)
+    markov = None
+    if assignment is not None:
+        sets, identity = assignment.macrostates, job_seed(seed, "posterior")
+        markov = analyse_markov(paths, sets, lag=lag, lags=lags, spacing_ps=spacing, seed=identity)
     return ReferenceModel(
         samples=samples,
         tica=tica,
@@ -217,7 +234,9 @@ def model_reference(samples: SampleSet, torsions: Torsions, section: CompareConf
         delta_f_raw=delta_f_raw,
         kinetics=kinetics(paths, states=clusters.n_states, lags=lags, spacing_ps=spacing, seed=job_seed(seed, "timescales")),
         tica_pyemma=None if tica is None else pyemma_bridge.tica_timescales(series, lag=tica_lag, count=TIMESCALES),
-        macrostates=assignment_of(clusters, weights, paths),
+        macrostates=assignment,
+        markov=markov,
+        pair=torsions.pair,
     )
 
 
@@ -227,3 +246,16 @@ def assignment_of(clusters: Clusters, weights: Reweighting, paths: list[np.ndarr
         return None
     counts = transition_counts(paths, states=clusters.n_states, lag=weights.lag)
     return MacrostateAssignment(clusters=clusters, macrostates=macrostates(weights.model, counts, lag=weights.lag))
+
+
+def reference_markov_json(reference: ReferenceModel) -> dict[str, Any]:
+    """Return the Markov analysis of the reference as JSON values; empty where there is none."""
+    markov, assignment = reference.markov, reference.macrostates
+    if markov is None or assignment is None or reference.weights is None or reference.weights.weights is None:
+        return {}
+    assigned = assignment.macrostates.of_state[reference.weights.paths]
+    angles = None
+    if reference.pair is not None:
+        phi, psi = (end_to_end(reference.samples.angles[..., k]) for k in reference.pair)
+        angles = (phi, psi)
+    return markov_json(markov, macrostate_rows(markov, assigned, angles, reference.weights.weights))
