@@ -6,6 +6,7 @@ Colours are those of Okabe and Ito (doi:10.1038/nmeth.1618); every method also h
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import textwrap
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -25,15 +26,22 @@ if TYPE_CHECKING:
 
 COLOURS = {
     "reference": "#000000", "md": "#0072B2", "tuned-md": "#56B4E9", "timewarp": "#D55E00", "explore": "#CC79A7",
-    "mts": "#009E73", "sts": "#E69F00",
+    "mts": "#009E73", "sts": "#E69F00", "metadynamics": "#882255", "tempering": "#7A7A1F",
 }  # fmt: skip
-DASHES = {"reference": "-", "md": "--", "tuned-md": "-.", "timewarp": "-", "explore": ":", "mts": "-", "sts": "--"}
-MARKERS = {"reference": "s", "md": "o", "tuned-md": "X", "timewarp": "D", "explore": "v", "mts": "^", "sts": "P"}
+DASHES = {
+    "reference": "-", "md": "--", "tuned-md": "-.", "timewarp": "-", "explore": ":", "mts": "-", "sts": "--",
+    "metadynamics": "-.", "tempering": "--",
+}  # fmt: skip
+MARKERS = {
+    "reference": "s", "md": "o", "tuned-md": "X", "timewarp": "D", "explore": "v", "mts": "^", "sts": "P",
+    "metadynamics": "h", "tempering": "<",
+}  # fmt: skip
 OTHER = "#777777"
 MISSING = "#e6e6e6"
 STYLE: dict[str, Any] = {
     "svg.hashsalt": "longstride",
     "svg.fonttype": "none",
+    "pdf.fonttype": 42,
     "font.size": 11.0,
     "font.family": "sans-serif",
     "font.sans-serif": ["DejaVu Sans", "Helvetica", "Arial"],
@@ -70,17 +78,35 @@ class Series:
     high: np.ndarray | None = None
 
 
+_PDF_TOO: contextvars.ContextVar[bool] = contextvars.ContextVar("pdf_too", default=False)
+
+
 @contextlib.contextmanager
-def _figure(path: Path, width: float, height: float) -> Iterator[Figure]:
+def with_pdf() -> Iterator[None]:
+    """Write every figure drawn inside as a PDF beside its SVG, for manuscripts; bytes are a function of the data here too."""
+    token = _PDF_TOO.set(True)
+    try:
+        yield
+    finally:
+        _PDF_TOO.reset(token)
+
+
+@contextlib.contextmanager
+def canvas(path: Path, width: float, height: float) -> Iterator[Figure]:
+    """Yield an empty figure of a size in inches; it is written to `path` as SVG (see `with_pdf`) when the block ends."""
     with mpl.rc_context(STYLE):  # type: ignore[arg-type]
         figure = Figure(figsize=(width, height), layout="constrained")
         FigureCanvasSVG(figure)
         yield figure
         with atomic_path(path) as temporary:
             figure.savefig(temporary, format="svg", metadata={"Date": None, "Creator": None}, dpi=150)
+        if _PDF_TOO.get():
+            with atomic_path(path.with_suffix(".pdf")) as temporary:
+                figure.savefig(temporary, format="pdf", metadata={"CreationDate": None, "Creator": None}, dpi=150)
 
 
-def _line(axes: Axes, series: Series, **options: Any) -> None:  # noqa: ANN401 - matplotlib's own options
+def draw_line(axes: Axes, series: Series, **options: Any) -> None:  # noqa: ANN401 - matplotlib's own options
+    """Draw a line with its band in the colour and dash of its method."""
     colour = COLOURS.get(series.method, OTHER)
     dash = DASHES.get(series.method, "-")
     axes.plot(series.x, series.y, dash, color=colour, label=series.label, lw=1.8, **options)
@@ -94,48 +120,12 @@ def _legend_above(axes: Axes, entries: int) -> None:
     axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=min(entries, 2), title=title, title_fontsize=11.0)
 
 
-def ramachandran(path: Path, maps: Sequence[tuple[str, np.ndarray]], *, limit: float, torsions: tuple[str, str]) -> None:
-    """Draw free-energy maps over (phi, psi) side by side on one colour scale.
-
-    Args:
-        path: the SVG file.
-        maps: (title, [phi bin, psi bin] free energy in kT, NaN where unsampled).
-        limit: top of the colour scale in kT; higher values are drawn in its last colour.
-        torsions: names of phi and psi.
-    """
-    columns = min(3, max(len(maps), 1))
-    rows = -(-len(maps) // columns)
-    with _figure(path, 3.0 * columns + 0.9, 3.05 * rows + 0.2) as figure:
-        grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
-        norm = mpl.colors.Normalize(0, limit)
-        colours = mpl.colormaps["viridis"].with_extremes(bad=MISSING)
-        for axes, (title, values) in zip(grid.flat, maps, strict=False):
-            axes.imshow(
-                np.ma.masked_invalid(values.T), origin="lower", extent=(-180, 180, -180, 180), cmap=colours, norm=norm,
-                interpolation="nearest", aspect="equal",
-            )  # fmt: skip
-            axes.set_title(title)
-            axes.axvline(0, color="#888888", lw=0.7, ls=":")
-            axes.set_xticks([-180, -90, 0, 90, 180])
-            axes.set_yticks([-180, -90, 0, 90, 180])
-        for axes in grid.flat[len(maps) :]:
-            axes.set_visible(False)
-        for axes in grid[:, 0]:
-            axes.set_ylabel(f"{torsions[1]} (degrees)")
-        for column in range(columns):
-            lowest = [row for row in range(rows) if row * columns + column < len(maps)][-1]
-            grid[lowest, column].set_xlabel(f"{torsions[0]} (degrees)")
-            grid[lowest, column].tick_params(labelbottom=True)
-        scale = mpl.cm.ScalarMappable(norm, colours)
-        figure.colorbar(scale, ax=grid, label="free energy (kT); grey: never visited", extend="max", shrink=0.9, pad=0.02)
-
-
 def phi_profile(path: Path, series: Sequence[Series], *, limit: float, name: str) -> None:
     """Draw F(phi) in kT with 95 % bands, x in degrees."""
-    with _figure(path, 7.2, 4.2) as figure:
+    with canvas(path, 7.2, 4.2) as figure:
         axes = figure.subplots()
         for one in series:
-            _line(axes, one)
+            draw_line(axes, one)
         axes.axvline(0, color="#888888", lw=0.8, ls=":")
         axes.set(xlim=(-180, 180), ylim=(-0.3, limit + 3), xlabel=f"{name} (degrees)", ylabel="free energy (kT)")
         axes.set_xticks(range(-180, 181, 60))
@@ -145,7 +135,7 @@ def phi_profile(path: Path, series: Sequence[Series], *, limit: float, name: str
 
 def timescales(path: Path, deeptime: Sequence[Series], pyemma: Sequence[Series], *, lags_ps: np.ndarray) -> None:
     """Draw implied timescales in ps against the lag: deeptime as lines with bands, PyEMMA as open circles."""
-    with _figure(path, 7.2, 4.4) as figure:
+    with canvas(path, 7.2, 4.4) as figure:
         axes = figure.subplots()
         styles = ("-", "--", ":")
         shades = ("#0072B2", "#D55E00", "#009E73")
@@ -170,11 +160,11 @@ def timescales(path: Path, deeptime: Sequence[Series], pyemma: Sequence[Series],
 
 def autocorrelation(path: Path, panels: Sequence[tuple[str, Sequence[Series]]], *, observable: str) -> None:
     """Draw the autocorrelation of one observable against potential evaluations per chain, one panel per target."""
-    with _figure(path, 4.4 * max(len(panels), 1) + 0.6, 3.8) as figure:
+    with canvas(path, 4.4 * max(len(panels), 1) + 0.6, 3.8) as figure:
         grid = figure.subplots(1, max(len(panels), 1), squeeze=False, sharey=True)
         for axes, (title, series) in zip(grid.flat, panels, strict=True):
             for one in series:
-                _line(axes, one)
+                draw_line(axes, one)
             axes.axhline(0, color="#888888", lw=0.8)
             axes.set(xscale="log", ylim=(-0.25, 1.05), xlabel="energy + force evaluations per chain")
             axes.set_title(title)
@@ -193,7 +183,7 @@ def energies(path: Path, panels: Sequence[tuple[str, Sequence[tuple[str, str, np
         path: the SVG file.
         panels: (title, [(method, label, energies in kJ/mol)]).
     """
-    with _figure(path, 4.6 * max(len(panels), 1), 3.8) as figure:
+    with canvas(path, 4.6 * max(len(panels), 1), 3.8) as figure:
         grid = figure.subplots(1, max(len(panels), 1), squeeze=False)
         for axes, (title, sets) in zip(grid.flat, panels, strict=True):
             low = min(np.percentile(values, 0.1) for _, _, values in sets)
@@ -203,7 +193,7 @@ def energies(path: Path, panels: Sequence[tuple[str, Sequence[tuple[str, str, np
             centres = (edges[1:] + edges[:-1]) / 2
             for method, label, values in sets:
                 density = np.histogram(values, edges)[0] / values.size / (edges[1] - edges[0])
-                _line(axes, Series(method=method, label=label, x=centres, y=density))
+                draw_line(axes, Series(method=method, label=label, x=centres, y=density))
             axes.set(xlabel="potential energy (kJ/mol)", ylabel="probability density (mol/kJ)", ylim=(0, None))
             axes.set_title(title)
             axes.ticklabel_format(axis="x", useOffset=False)
@@ -235,7 +225,7 @@ class Bar:
 
 def rates(path: Path, bars: Sequence[Bar]) -> None:
     """Draw ESS per second with 95 % intervals on a log scale, one row per method and seed, best visible on paper too."""
-    with _figure(path, 7.2, 1.1 + 0.42 * max(len(bars), 1)) as figure:
+    with canvas(path, 7.2, 1.1 + 0.42 * max(len(bars), 1)) as figure:
         axes = figure.subplots()
         known = [end for bar in bars for end in (bar.value, bar.low, bar.high) if end is not None and end > 0]
         low, high = (min(known) / 3, max(known) * 3) if known else (0.1, 10.0)
@@ -264,7 +254,7 @@ def training(path: Path, columns: Sequence[tuple[str, np.ndarray, np.ndarray]]) 
     """
     across = min(3, max(len(columns), 1))
     down = -(-len(columns) // across)
-    with _figure(path, 3.3 * across, 2.3 * down + 0.3) as figure:
+    with canvas(path, 3.3 * across, 2.3 * down + 0.3) as figure:
         grid = figure.subplots(down, across, squeeze=False)
         for axes, (name, step, value) in zip(grid.flat, columns, strict=False):
             axes.plot(step, value, color="#0072B2", lw=1.6, marker="." if len(step) < 30 else "")
@@ -297,11 +287,11 @@ def panels(path: Path, shown: Sequence[Panel]) -> None:
     """Draw panels three abreast, one legend for all of them."""
     across = min(3, max(len(shown), 1))
     down = -(-len(shown) // across)
-    with _figure(path, max(3.3 * across, 5.0), 2.6 * down + 0.5) as figure:
+    with canvas(path, max(3.3 * across, 5.0), 2.6 * down + 0.5) as figure:
         grid = figure.subplots(down, across, squeeze=False)
         for axes, panel in zip(grid.flat, shown, strict=False):
             for one in panel.series:
-                _line(axes, one)
+                draw_line(axes, one)
             axes.set_title(panel.title)
             axes.set_xlabel(panel.xlabel, fontsize=10)
             axes.set_ylabel(panel.ylabel, fontsize=10)
@@ -333,7 +323,7 @@ class Deviation:
 def deviations(path: Path, dots: Sequence[Deviation], *, limit: float, cut: float = 8.0) -> None:
     """Draw differences in combined standard errors, one row per kind; what lies beyond `cut` is drawn at the edge."""
     rows = list(dict.fromkeys(dot.row for dot in dots))
-    with _figure(path, 7.2, 1.3 + 0.3 * max(len(rows), 1)) as figure:
+    with canvas(path, 7.2, 1.3 + 0.3 * max(len(rows), 1)) as figure:
         axes = figure.subplots()
         axes.axvspan(-limit, limit, color="#0072B2", alpha=0.10, lw=0, label=f"within {limit:g} combined standard errors")
         axes.axvline(0, color="#888888", lw=0.8)

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from longstride.analysis import compare_figures, paper_rows, tables
+from longstride.analysis import compare_figures, paper_rows, structures, tables
+from longstride.analysis.accuracy_curves import COLUMNS as ACCURACY_COLUMNS
+from longstride.analysis.accuracy_curves import accuracy_rows, attach_accuracy
 from longstride.analysis.comparison import Comparison, analyse, table_of
 from longstride.analysis.free_energy import bin_edges
 from longstride.analysis.method_analysis import sample_histograms
@@ -64,13 +66,18 @@ def run(
     found = analyse(molecule, trajectories, cells, section, seed=seed)
     if free_energy is not None:
         attach_umbrella(found.content, load_umbrella(free_energy, molecule))
+    attach_accuracy(found, cells, molecule.torsions, section)
     progress.update(2 + len(cells), "analysed")
     out.mkdir(parents=True, exist_ok=True)
     figures = compare_figures.draw(found, molecule, section, out=out, seed=seed)
     names = write_tables(found, molecule, section, out=out, seed=seed)
-    content = {**found.content, "figures": figures, "tables": names, "provenance": provenance()}
+    shown = structures.representatives(molecule, found.reference, reference)
+    content = {**found.content, "structures": shown, "figures": figures, "tables": names, "provenance": provenance()}
     write_json(out / "comparison.json", content)
-    files = ["comparison.json", *names, *(figure["file"] for figure in figures)]
+    files = ["comparison.json", *names, *(figure[key] for figure in figures for key in ("file", "pdf"))]
+    if shown is not None:
+        structures.write_states_pdb(out / "states.pdb", molecule, shown)
+        files.append("states.pdb")
     write_manifest(out, kind="compare", files=files, content={"system": found.content["system"]})
     progress.update(3 + len(cells), "written")
     filled = sum(cell.samples is not None for cell in cells)
@@ -106,7 +113,8 @@ def write_tables(found: Comparison, molecule: Molecule, section: CompareConfig, 
     ]  # fmt: skip
     scale_columns = ("source", "lag_ps", "index", "deeptime_ps", "ci_low_ps", "ci_high_ps", "pyemma_ps", "note")
     tables.write_csv(out / "implied_timescales.csv", scale_columns, scales)
-    names = ["effective_sizes.csv", "methods.csv", "implied_timescales.csv", *_write_trust(content, out=out)]
+    names = ["effective_sizes.csv", "methods.csv", "implied_timescales.csv", *_write_trust(content, out=out), "accuracy.csv"]
+    tables.write_csv(out / "accuracy.csv", ACCURACY_COLUMNS, accuracy_rows(content))
     if content["primary_pair"] is None:
         return names
     _write_free_energies(found, molecule, section, out=out, seed=seed)
