@@ -3,6 +3,7 @@ import sys
 
 import numpy as np
 import pytest
+from deeptime.decomposition import TICA
 from deeptime.markov import TransitionCountEstimator
 
 from longstride.analysis import pyemma_bridge
@@ -206,3 +207,57 @@ print("closed" if handler.stream.closed else "open")
 """
     found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert found.stdout.split() == ["open"]
+
+
+def jump_features(*, times, number, start, seed=12):
+    """One-hot features of chains of the known matrix, all started in one state."""
+    generator = np.random.default_rng(seed)
+    states = []
+    for _ in range(number):
+        path = chain(generator, MATRIX, times)
+        assert path[0] == start
+        states.append(path)
+    return [np.eye(3)[path] for path in states]
+
+
+def test_koopman_reweighting_removes_the_bias_of_the_starts():
+    """240 chains of 60 steps from state 0, whose slowest timescale is 25 steps: time averages remember the start."""
+    series = jump_features(times=60, number=240, start=0)
+    truth = np.linalg.matrix_power(MATRIX, 5000)[0]
+    slow = exact_timescales(MATRIX)[0]
+    weighted, plain = fit_tica(series, lag=5), fit_tica(series, lag=5, koopman=False)
+    assert (weighted.reweighting, plain.reweighting) == ("koopman", "none")
+    groups = [np.mean(part, axis=0) for part in np.array_split(np.array([np.mean(one, axis=0) for one in series]), 20)]
+    error = np.std(groups, axis=0) / np.sqrt(20)
+    assert (np.abs(weighted.mean - truth) < 5 * error).all()
+    assert np.abs(plain.mean - truth).max() > 10 * error.max(), "negative control: without weights the starts show"
+    assert weighted.timescales[0] == pytest.approx(slow, rel=0.1)
+
+
+def test_koopman_weights_are_those_of_pyemma():
+    series = [part[:, :2] for part in jump_features(times=60, number=60, start=0)]
+    ours, plain = fit_tica(series, lag=5), fit_tica(series, lag=5, koopman=False)
+    np.testing.assert_allclose(ours.timescales, pyemma_bridge.tica_timescales(series, lag=5, count=2), rtol=1e-5)
+    theirs = pyemma_bridge.tica_timescales(series, lag=5, count=2, koopman=False)
+    np.testing.assert_allclose(plain.timescales, theirs, rtol=1e-5)
+    assert np.abs(ours.timescales - theirs).max() > 1e-3 * theirs.max(), "negative control"
+
+
+def test_weights_that_features_cannot_express_are_refused_and_said():
+    """Two trajectories that never meet: no equilibrium between them."""
+    generator = np.random.default_rng(5)
+    apart = [generator.normal(size=(400, 2)) + shift * np.arange(400)[:, None] / 40 for shift in (-1, 1)]
+    found = fit_tica(apart, lag=5)
+    assert found.reweighting == "none"
+    assert found.note.startswith("not reweighted")
+    plain = fit_tica(apart, lag=5, koopman=False)
+    np.testing.assert_array_equal(found.axes, plain.axes)
+
+
+def test_the_kinetic_map_is_deeptimes():
+    generator = np.random.default_rng(3)
+    series = [np.stack([ou(generator, times=3000, relaxation=tau) for tau in (40.0, 10.0, 2.0)], axis=1)]
+    model = fit_tica(series, lag=5, koopman=False)
+    theirs = TICA(lagtime=5, dim=2, scaling="kinetic_map").fit_from_timeseries(series).fetch_model().transform(series[0])
+    ours = model.kinetic_map(series[0], components=2)
+    np.testing.assert_allclose(np.abs(ours), np.abs(theirs), rtol=1e-6, atol=1e-9)

@@ -68,18 +68,20 @@ def msm_timescales(paths: list[np.ndarray], *, lag: int, count: int) -> np.ndarr
     return np.pad(found, (0, count - len(found)), constant_values=np.nan)
 
 
-def tica_timescales(series: list[np.ndarray], *, lag: int, count: int) -> np.ndarray:
+def tica_timescales(series: list[np.ndarray], *, lag: int, count: int, koopman: bool = True) -> np.ndarray:
     """Return the `count` slowest TICA timescales, in frames, of PyEMMA; NaN where it has fewer.
 
     Args:
         series: [time, feature] arrays, one per trajectory.
         lag: lag time in frames.
         count: how many timescales.
+        koopman: whether to weight frames to equilibrium.
     """
     pyemma = _import()
+    weights = "koopman" if koopman else "empirical"
     with warnings.catch_warnings(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
         warnings.simplefilter("ignore")
-        model = pyemma.coordinates.tica(series, lag=lag, dim=-1, kinetic_map=False, n_jobs=1)
+        model = pyemma.coordinates.tica(series, lag=lag, dim=-1, kinetic_map=False, weights=weights, n_jobs=1)
         found = np.asarray(model.timescales, dtype=float)[:count]
     return np.pad(found, (0, count - len(found)), constant_values=np.nan)
 

@@ -233,11 +233,16 @@ def model_reference(samples: SampleSet, torsions: Torsions, section: CompareConf
         delta_f_msm={name: delta_f_weights(end_to_end(inside), weights) for name, inside in basin.items()},
         delta_f_raw=delta_f_raw,
         kinetics=kinetics(paths, states=clusters.n_states, lags=lags, spacing_ps=spacing, seed=job_seed(seed, "timescales")),
-        tica_pyemma=None if tica is None else pyemma_bridge.tica_timescales(series, lag=tica_lag, count=TIMESCALES),
+        tica_pyemma=None if tica is None else _pyemma_tica(series, tica),
         macrostates=assignment,
         markov=markov,
         pair=torsions.pair,
     )
+
+
+def _pyemma_tica(series: list[np.ndarray], tica: TICAModel) -> np.ndarray:
+    usable = [part for part in series if len(part) > 2 * tica.lag]
+    return pyemma_bridge.tica_timescales(usable, lag=tica.lag, count=TIMESCALES, koopman=tica.reweighting == "koopman")
 
 
 def assignment_of(clusters: Clusters, weights: Reweighting, paths: list[np.ndarray]) -> MacrostateAssignment | None:

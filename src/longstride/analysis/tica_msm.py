@@ -7,10 +7,12 @@ trajectory has no time.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 from deeptime.clustering import KMeans, KMeansModel
+from deeptime.covariance import CovarianceModel, KoopmanWeightingEstimator, KoopmanWeightingModel
 from deeptime.decomposition import TICA
 from deeptime.markov.tools.analysis import stationary_distribution
 from deeptime.markov.tools.estimation import transition_matrix
@@ -20,6 +22,7 @@ from longstride.analysis.bootstrap import multiplicities
 
 KMEANS_FRAMES = 50_000
 CLUSTER_TICS = 4
+NEGATIVE_WEIGHTS = 0.05
 SEGMENTS = 40
 _TRACES = (1e-3, 1e-2, 1e-1)  # shares of all counts that a bootstrap replicate keeps: the first with which it can be estimated
 REPLICATE_TOLERANCE = 1e-5
@@ -35,35 +38,104 @@ class TICAModel:
             every axis is positive.
         timescales: [component] -lag / ln|eigenvalue| in frames.
         lag: lag time in frames.
+        reweighting: "koopman" where frames were weighted to equilibrium, "none" where they could not be.
+        note: why they could not; empty otherwise.
     """
 
     mean: np.ndarray
     axes: np.ndarray
     timescales: np.ndarray
     lag: int
+    reweighting: str = "none"
+    note: str = ""
+
+    @property
+    def eigenvalues(self) -> np.ndarray:
+        """Absolute eigenvalues exp(-lag / timescale), [component]."""
+        return np.exp(-self.lag / self.timescales)
 
     def project(self, features: np.ndarray) -> np.ndarray:
         """Return (features - mean) @ axes for features [..., feature], as [..., component]."""
         return (features - self.mean) @ self.axes
 
+    def kinetic_map(self, features: np.ndarray, *, components: int) -> np.ndarray:
+        """Return the slowest components times their eigenvalues (doi:10.1021/acs.jctc.5b00553), [..., component]."""
+        return (features - self.mean) @ (self.axes * self.eigenvalues)[:, :components]
 
-def fit_tica(series: list[np.ndarray], *, lag: int) -> TICAModel | None:
+
+Pairs = Callable[[], Iterator[tuple[np.ndarray, np.ndarray]]]
+
+
+def fit_tica(series: list[np.ndarray], *, lag: int, koopman: bool = True) -> TICAModel | None:
     """Fit TICA (reversible, unit variance per component) to trajectories [time, feature]; None where it cannot be.
 
-    Equation: C(tau) a = lambda C(0) a with both covariances symmetrised in time (doi:10.1063/1.4811489). None when no
-    trajectory is longer than twice the lag or no feature moves.
+    See `fit_tica_pairs`. None when no trajectory is longer than twice the lag or no feature moves.
     """
     usable = [np.asarray(part, dtype=np.float64) for part in series if len(part) > 2 * lag]
     if not usable or not usable[0].shape[1] or max(np.ptp(part, axis=0).max() for part in usable) < 1e-9:
         return None
+    return fit_tica_pairs(lambda: ((part[:-lag], part[lag:]) for part in usable), lag=lag, koopman=koopman)
+
+
+def fit_tica_pairs(pairs: Pairs, *, lag: int, koopman: bool = True) -> TICAModel:
+    """Fit TICA to pairs of features (x(t), x(t + lag)), each [frame, feature], that a function gives anew for every pass.
+
+    Equation: C(tau) a = lambda C(0) a with both covariances symmetrised in time (doi:10.1063/1.4811489). Trajectories that
+    were started out of equilibrium bias both; every pair is therefore weighted by the ratio of the equilibrium and the
+    empirical density that the Koopman operator gives (doi:10.1063/1.4979344). The weights are linear in the
+    features: where more than 5 % of them are negative the features cannot express the ratio, and the pairs count equally.
+
+    Args:
+        pairs: called once per pass; a pass may be streamed from disk.
+        lag: lag time in frames.
+        koopman: whether to reweight; False is for controls.
+    """
+    weights, note = (_koopman_weights(pairs, lag), "") if koopman else (None, "not asked for")
+    covariances, negative = _covariances(pairs, lag, weights)
+    if not np.isfinite(negative):
+        weights, note = None, "not reweighted: these features give no equilibrium density"
+    elif negative > NEGATIVE_WEIGHTS:
+        weights, note = None, f"not reweighted: {100 * negative:.0f} % of the equilibrium weights would be negative"
+    if note and koopman:
+        covariances, _ = _covariances(pairs, lag, None)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model = TICA(lagtime=lag, dim=None, scaling=None).fit_from_timeseries(usable).fetch_model()
+        model = TICA(lagtime=lag, dim=None, scaling=None).fit_from_covariances(covariances).fetch_model()
     axes = np.asarray(model.singular_vectors_left, dtype=np.float64)
     largest = axes[np.abs(axes).argmax(axis=0), np.arange(axes.shape[1])]
     axes = axes * np.where(largest < 0, -1.0, 1.0)
     values = np.clip(np.abs(np.asarray(model.singular_values)), 1e-12, 1 - 1e-12)
-    return TICAModel(mean=np.asarray(model.mean_0), axes=axes, timescales=-lag / np.log(values), lag=lag)
+    return TICAModel(
+        mean=np.asarray(model.mean_0, dtype=np.float64),
+        axes=axes,
+        timescales=-lag / np.log(values),
+        lag=lag,
+        reweighting="none" if weights is None else "koopman",
+        note=note,
+    )
+
+
+def _koopman_weights(pairs: Pairs, lag: int) -> KoopmanWeightingModel:
+    estimator = KoopmanWeightingEstimator(lag)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for pair in pairs():
+            estimator.partial_fit(pair)
+        return estimator.fetch_model()
+
+
+def _covariances(pairs: Pairs, lag: int, weights: KoopmanWeightingModel | None) -> tuple[CovarianceModel, float]:
+    """Return the covariances of weighted pairs and the share of negative weights; NaN where the weights mean nothing."""
+    estimator = TICA.covariance_estimator(lagtime=lag)
+    total, negative, sum_of_weights = 0, 0, 0.0
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for x, y in pairs():
+            own = np.ones(len(x)) if weights is None else np.ravel(weights.weights(x))
+            total, negative, sum_of_weights = total + len(own), negative + int((own < 0).sum()), sum_of_weights + own.sum()
+            estimator.partial_fit((x, y), weights=own)
+        model = estimator.fetch_model()
+    return model, negative / total if np.isfinite(sum_of_weights) and sum_of_weights > 0 else np.nan
 
 
 @dataclass(frozen=True, kw_only=True)
