@@ -12,14 +12,15 @@ import jinja2
 import numpy as np
 from markupsafe import Markup
 
-from longstride.analysis import figures, verdict
+from longstride.analysis import figures, map_figures, report_sections, verdict
 from longstride.analysis.svg_inline import inline
 from longstride.analysis.tables import SUMMARY_COLUMNS
 from longstride.data.manifest import MANIFEST
 from longstride.errors import DataError
 
 PAGE = Path(__file__).parent / "page"
-FILES = ("report.html", "report.css", "report.js")
+STYLE = "report.css"
+SCRIPTS = ("report.js", "viewer.js")
 SHOWN = (
     ("system", "system"), ("method", "method"), ("seed", "seed"), ("invariance", "label"), ("status", "status"),
     ("ess_per_s", "ESS / s"), ("ess", "ESS"), ("delta_f_phi_kT", "ΔF phi (kT)"),
@@ -95,7 +96,7 @@ def _cell(row: dict[str, str], key: str) -> dict[str, str]:
 
 
 def _figure_html(text: str, figure: dict[str, str], number: int) -> dict[str, Any]:
-    return {**figure, "svg": Markup(inline(text, prefix=f"f{number}-", alt=figure["alt"]))}
+    return {**figure, "number": number, "svg": Markup(inline(text, prefix=f"f{number}-", alt=figure["alt"]))}
 
 
 def training_curves(folder: Path, *, title: str) -> tuple[str, dict[str, str]] | None:
@@ -203,7 +204,9 @@ def system_section(run: Path, system: str, *, first_figure: int) -> dict[str, An
         made = training_curves(run / stage / system, title=title)
         if made is not None:
             curves.append((made[1], made[0]))
-    numbered = [_figure_html(text, figure, first_figure + k) for k, (figure, text) in enumerate([*drawn, *curves])]
+    scan = resonance_figure(run / "resonance" / system)
+    every = [*drawn, *scan, *curves]
+    numbered = [_figure_html(text, figure, first_figure + k) for k, (figure, text) in enumerate(every)]
     dynamics = dynamics_section(run / "dynamics" / system, first_figure=first_figure + len(numbered))
     return {
         "name": system,
@@ -212,13 +215,99 @@ def system_section(run: Path, system: str, *, first_figure: int) -> dict[str, An
         "reference": verdict.reference_sentences(content) if content else [],
         "speedups": [_speed_line(run, system, content, entry) for entry in content["speedups"]] if content else [],
         "agreement": agreement_table(content) if content else [],
-        "figures": numbered[: len(drawn)],
-        "training": numbered[len(drawn) :],
+        "figures": with_headings(numbered[: len(drawn)]),
+        "resonance": numbered[len(drawn) : len(drawn) + len(scan)],
+        "training": numbered[len(drawn) + len(scan) :],
+        **optional_parts(content),
         "panel": panel_table(content) if content else {"head": [], "rows": []},
         "temperatures": temperature_table(content) if content else {"head": [], "rows": [], "notes": []},
         "dynamics": dynamics,
         "times": wall_times(run, system),
     }
+
+
+METRICS = (
+    ("distances", "Distances from the baseline", "0 is the same distribution; a difference below its noise floor is none."),
+    ("validity", "Are the structures physical?", "Shares of samples with broken geometry, beside those of the reference."),
+    ("coverage", "Coverage of states", "Which states of the reference a method finds."),
+)
+HEADINGS = (
+    (("ramachandran", "phi_profile"), "Free energies"),
+    (("tica", "timescales", "chapman"), "Slow coordinates and kinetics"),
+    (("autocorrelation", "accuracy", "moves", "rates"), "Efficiency"),
+    (("energies",), "Energies"),
+)
+
+
+def with_headings(shown: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return figures of one kind side by side, the first of each kind with its heading."""
+    found = []
+    rest = list(shown)
+    for prefixes, heading in HEADINGS:
+        own = [one for one in rest if one["file"].startswith(prefixes)]
+        rest = [one for one in rest if one not in own]
+        found += [{**one, "heading": heading if k == 0 else ""} for k, one in enumerate(own)]
+    found += [{**one, "heading": ""} for one in rest]
+    numbers = sorted(one["number"] for one in found)
+    return [_renumbered(one, number) for one, number in zip(found, numbers, strict=True)]
+
+
+def _renumbered(figure: dict[str, Any], number: int) -> dict[str, Any]:
+    return {**figure, "number": number}  # its ids keep their old number, which is as unique
+
+
+def optional_parts(content: dict[str, Any] | None) -> dict[str, Any]:
+    """Return the parts that only newer comparisons have; empty ones are not shown."""
+    if content is None:
+        none: dict[str, Any] = {"head": [], "rows": []}
+        return {"viewer": None, "accuracy": none, "metrics": [], "certificate": None, "markov": [], "chapman_kolmogorov": ""}
+    metrics = []
+    for key, title, text in METRICS:
+        table = report_sections.metric_table(content, key)
+        if table["rows"]:
+            metrics.append({"title": title, "text": text, **table})
+    return {
+        "viewer": report_sections.viewer_data(content),
+        "accuracy": report_sections.accuracy_table(content),
+        "metrics": metrics,
+        "certificate": report_sections.certificate(content),
+        "markov": report_sections.markov_tables(content),
+        "chapman_kolmogorov": report_sections.chapman_kolmogorov(content),
+    }
+
+
+def resonance_figure(folder: Path) -> list[tuple[dict[str, str], str]]:
+    """Return (description, SVG text) of a resonance scan of the run, or nothing where none was made."""
+    path = folder / "resonance.svg"
+    if not path.is_file():
+        return []
+    caption = (
+        "Kinetic temperatures and errors against the outer step of multi-time-step dynamics; resonance.csv holds the numbers."
+    )
+    alt = "Errors of multi-time-step dynamics against the outer time step."
+    title = "How long the outer step may be"
+    return [({"file": path.name, "title": title, "caption": caption, "alt": alt}, path.read_text())]
+
+
+def overview_figures(contents: list[dict[str, Any]], folder: Path, *, first_figure: int) -> list[dict[str, Any]]:
+    """Draw the speed-ups, one figure per target, into `folder` as SVG and PDF and return them for the page."""
+    made = []
+    for number, (target, bars) in enumerate(report_sections.speedup_bars(contents).items()):
+        name = "speedups.svg" if number == 0 else f"speedups_{number + 1}.svg"
+        with figures.with_pdf():
+            map_figures.speedups(folder / name, bars, xlabel="ratio of effective samples per second (log scale)")
+        spoken = "; ".join(f"{bar.system}, {bar.label}: {verdict.number(bar.value)}" for bar in bars)
+        figure = {
+            "file": name,
+            "title": f"Speed-up over plain dynamics, target {target}",
+            "caption": "Ratio of the smallest effective sample size per second, all seeds pooled, with 95 % intervals, on this"
+            " machine. * marks ratios to the rate that the slowest timescale allows plain dynamics, where that has not"
+            " converged itself. Training, data and burn-in are not included (see Cost). Biased methods have no speed-up. With"
+            f" more than {report_sections.MAX_BARS} bars the systems are merged into geometric means.",
+            "alt": f"Speed-up bars. {spoken}.",
+        }
+        made.append(_figure_html((folder / name).read_text(), figure, first_figure + number))
+    return made
 
 
 def has_results(run: Path, system: str) -> bool:
@@ -229,7 +318,12 @@ def has_results(run: Path, system: str) -> bool:
 def figure_count(section: dict[str, Any]) -> int:
     """Return how many figures a section has; they are numbered through the page."""
     dynamics = section["dynamics"]
-    return len(section["figures"]) + len(section["training"]) + (len(dynamics["figures"]) if dynamics else 0)
+    return (
+        len(section["figures"])
+        + len(section["resonance"])
+        + len(section["training"])
+        + (len(dynamics["figures"]) if dynamics else 0)
+    )
 
 
 def dynamics_section(folder: Path, *, first_figure: int) -> dict[str, Any] | None:
@@ -322,16 +416,15 @@ def temperature_table(content: dict[str, Any]) -> dict[str, Any]:
     return {"head": elements, "rows": table, "notes": notes}
 
 
-def render(context: dict[str, Any]) -> str:
-    """Return the page as HTML text; every value is escaped except the figures made here."""
+def render(context: dict[str, Any], template: str = "report.html") -> str:
+    """Return a page as HTML text; every value is escaped except the figures made here."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(PAGE), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True,
         lstrip_blocks=True,
     )  # fmt: skip
     environment.filters["number"] = verdict.number
-    page, style, script = (PAGE / name for name in FILES)
-    return environment.get_template(page.name).render(
-        style=Markup(style.read_text()),
-        script=Markup(script.read_text()),
+    return environment.get_template(template).render(
+        style=Markup((PAGE / STYLE).read_text()),
+        script=Markup("\n".join((PAGE / name).read_text() for name in SCRIPTS)),
         **context,
     )

@@ -17,3 +17,25 @@ for (const table of document.querySelectorAll("table.sortable")) {
     });
   });
 }
+
+const pick = document.getElementById("pick");
+if (pick) {
+  const sections = [...document.querySelectorAll("section.system")];
+  const show = (anchor) => {
+    for (const one of sections) one.hidden = anchor !== "" && one.id !== `section-${anchor}`;
+    pick.value = anchor;
+  };
+  pick.addEventListener("change", () => {
+    show(pick.value);
+    location.hash = pick.value || "summary";
+  });
+  const follow = () => {
+    const target = document.getElementById(decodeURIComponent(location.hash.slice(1)));
+    const home = target?.closest("section.system");
+    if (home?.hidden) show(home.id.replace("section-", ""));
+    if (home) target.scrollIntoView();
+  };
+  addEventListener("hashchange", follow);
+  if (sections.length > 3) show(sections[0].id.replace("section-", ""));
+  follow();
+}
