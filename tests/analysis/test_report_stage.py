@@ -1,7 +1,9 @@
+import html
 import json
 import math
 import re
 import shutil
+import subprocess
 from html.parser import HTMLParser
 
 import pytest
@@ -111,6 +113,81 @@ def test_the_page_shows_dynamics_beside_the_comparison(page):
         assert len(keys) == 9
         assert all(key == "" or math.isfinite(float(key)) for key in keys[2:7])  # numbers are sorted as numbers
     assert 'class="tag absent">too few seeds' in table  # two seeds give no verdict
+
+
+def test_figures_are_numbered_through_and_all_there(page):
+    numbers = [int(text) for text in re.findall(r"<strong>Figure (\d+)\. ", page)]
+    rest = page.count("<figure>") - len(numbers)
+    assert rest == 0
+    assert numbers == list(range(1, len(numbers) + 1))
+    assert len(re.findall(r"<svg ", page)) == len(numbers)
+    for title in ("Speed-up over plain dynamics", "Difference from the baseline", "two slowest TICA", "Time to accuracy"):
+        assert f". {title}" in page or title in page
+
+
+def test_verdicts_are_grouped_by_target(page):
+    groups = re.findall(r"<h3>Verdicts on the target (.*?)</h3>(.*?)</table>", page, flags=re.DOTALL)
+    names = [name for name, _ in groups]
+    assert len(names) == len(set(names)) == 2
+    for name, table in groups:
+        other = {"gfn2-xtb": "timewarp"}.get(name, "mts")
+        assert f'data-key="{other}"' not in table  # never across targets
+
+
+def test_structures_are_in_the_page(page, compared):
+    stored = json.loads((compared / "comparison.json").read_text())["structures"]
+    text = re.search(r'<script type="application/json" id="structures-fake">(.*?)</script>', page, flags=re.DOTALL).group(1)
+    assert json.loads(text) == stored
+
+
+def test_many_systems_get_their_own_pages(compared, tmp_path):
+    names = [f"S{k}" for k in range(report.MAX_INLINE_SYSTEMS + 1)]
+    content = json.loads((compared / "comparison.json").read_text())
+    for name in names:
+        shutil.copytree(compared, tmp_path / "compare" / name)
+        (tmp_path / "compare" / name / "comparison.json").write_text(json.dumps(content | {"system": name}))
+    compare.summarise([tmp_path / "compare" / name / "comparison.json" for name in names], tmp_path / "summary.csv")
+    config = Config(systems=tuple(SystemConfig(name=name, sequence="AA") for name in names))
+    report.run(config, run_folder=tmp_path, out=tmp_path / "report.html")
+    main = (tmp_path / "report.html").read_text()
+    assert len(main) < 1_500_000
+    for name in names:
+        assert f'href="report/{name}.html"' in main
+        single = (tmp_path / "report" / f"{name}.html").read_text()
+        assert 'href="../report.html"' in single
+        assert single.count("<figure>") == len(content["figures"])
+    assert len((tmp_path / "report/verdicts.csv").read_text().splitlines()) == 1 + 6 * len(names)
+
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
+@pytest.mark.parametrize("width", [1280, 390])
+def test_a_browser_shows_it_without_errors(page, tmp_path, width):
+    """Console messages are errors here; the probe writes what the browser made of the page into its body."""
+    probe = """<script>addEventListener("error", (e) => console.error("probe: " + e.message)); addEventListener("load", () => {
+      const seen = [...document.querySelectorAll("figure svg")].filter((one) => one.getBoundingClientRect().width > 100).length;
+      const canvas = document.querySelector(".viewer canvas");
+      const ink = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height).data.some((part) => part > 0);
+      const wide = document.documentElement.scrollWidth <= innerWidth;
+      document.querySelector("table.sortable th button").click();
+      const sorted = document.querySelector("th[aria-sort]") !== null;
+      const loaded = performance.getEntriesByType("resource").length;
+      document.body.dataset.probe = JSON.stringify({ seen, ink, wide, sorted, loaded });
+    });</script>"""
+    file = tmp_path / "report.html"
+    file.write_text(page.replace("<body>", f"<body>{probe}"))
+    command = [
+        CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", f"--window-size={width},2000",
+        f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=4000", "--dump-dom", file.as_uri(),
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    assert ":CONSOLE" not in done.stderr
+    found = json.loads(html.unescape(re.search(r'data-probe="(.*?)"', done.stdout).group(1)))
+    figures = page.count("<figure>")
+    assert found == {"seen": figures, "ink": True, "wide": True, "sorted": True, "loaded": 0}
 
 
 def test_missing_inputs_are_one_line(tmp_path, compared):

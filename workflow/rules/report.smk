@@ -10,6 +10,13 @@ rule report:
             category="Report",
             labels={"result": "figures, tables, configuration, versions, hardware"},
         ),
+        folder=report(
+            directory("<run>/report"),
+            patterns=["{figure}.svg"],
+            caption="../report/speedups.rst",
+            category="Comparison",
+            labels={"figure": "{figure}"},
+        ),
     log:
         "<run>/logs/report.log",
     benchmark:

@@ -241,7 +241,7 @@ def rates(path: Path, bars: Sequence[Bar]) -> None:
             axes.plot([bar.value], [row], MARKERS.get(bar.method, "o"), color=colour, mec="#000000", ms=7)
         axes.set_yticks(range(len(bars)), [bar.label for bar in bars])
         axes.set(xscale="log", xlim=(low, high), ylim=(len(bars) - 0.4, -0.6))
-        axes.set_xlabel("smallest effective sample size per second of sampling (log scale)")
+        axes.set_xlabel("smallest ESS per second of sampling (log scale)")
         axes.grid(axis="x", color="#dddddd", lw=0.6)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import textwrap
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -55,7 +56,7 @@ def maps(path: Path, shown: Sequence[tuple[str, np.ndarray]], grid: Grid, *, lim
         limit: top of the colour scale in kT.
     """
     norm = mpl.colors.Normalize(0, limit)
-    _tiles(path, shown, grid, norm=norm, colours="viridis", label="free energy (kT); grey: never visited", extend="max")
+    _tiles(path, shown, grid, norm=norm, colours="viridis", label="free energy (kT); grey: unvisited", extend="max")
 
 
 def difference_maps(path: Path, shown: Sequence[tuple[str, np.ndarray]], grid: Grid, *, limit: float) -> None:
@@ -68,7 +69,7 @@ def difference_maps(path: Path, shown: Sequence[tuple[str, np.ndarray]], grid: G
         limit: end of the colour scale in kT.
     """
     norm = mpl.colors.Normalize(-limit, limit)
-    label = "free energy minus baseline (kT); grey: undefined"
+    label = "difference (kT); grey: undefined"
     _tiles(path, shown, grid, norm=norm, colours="RdBu_r", label=label, extend="both")
 
 
@@ -84,7 +85,7 @@ def _tiles(
 ) -> None:
     columns = min(ACROSS, max(len(shown), 1))
     rows = -(-len(shown) // columns)
-    with canvas(path, 3.0 * columns + 0.9, 3.05 * rows + 0.2) as figure:
+    with canvas(path, 3.0 * columns + 0.9, 3.1 * rows + 0.6) as figure:
         tiles = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
         scheme = mpl.colormaps[colours].with_extremes(bad=MISSING)
         for axes, (title, values) in zip(tiles.flat, shown, strict=False):
@@ -257,6 +258,15 @@ def moves(path: Path, cells: Sequence[Moves]) -> None:
             smallest = min([value for value in values if value] or [1.0])
             axes.set_xscale("symlog", linthresh=smallest, linscale=0.5)
             axes.set_xlim(-0.15 * smallest, max([value for value in values if value] or [1.0]) * 3)
+            axes.set_xticks([0, *_powers(axes.get_xlim()[1], smallest)])
+            axes.minorticks_off()
             axes.set_xlabel(text)
         for axes in (first, second, third):
             axes.grid(axis="x", color="#dddddd", lw=0.6)
+
+
+def _powers(high: float, low: float) -> list[float]:
+    """Return at most four powers of ten from `low` to `high`."""
+    first, last = math.floor(math.log10(low)), math.floor(math.log10(high))
+    every = max(1, -(-(last - first) // 3))
+    return [10.0**k for k in range(last, first, -every)][::-1] or [10.0**last]

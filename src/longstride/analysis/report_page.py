@@ -99,6 +99,10 @@ def _figure_html(text: str, figure: dict[str, str], number: int) -> dict[str, An
     return {**figure, "number": number, "svg": Markup(inline(text, prefix=f"f{number}-", alt=figure["alt"]))}
 
 
+def _numbered(drawn: list[tuple[dict[str, str], str]], first: int) -> list[dict[str, Any]]:
+    return [_figure_html(text, figure, first + k) for k, (figure, text) in enumerate(drawn)]
+
+
 def training_curves(folder: Path, *, title: str) -> tuple[str, dict[str, str]] | None:
     """Return (SVG text, description) of the metrics.csv in a training folder, or None where there is none.
 
@@ -205,9 +209,9 @@ def system_section(run: Path, system: str, *, first_figure: int) -> dict[str, An
         if made is not None:
             curves.append((made[1], made[0]))
     scan = resonance_figure(run / "resonance" / system)
-    every = [*drawn, *scan, *curves]
-    numbered = [_figure_html(text, figure, first_figure + k) for k, (figure, text) in enumerate(every)]
-    dynamics = dynamics_section(run / "dynamics" / system, first_figure=first_figure + len(numbered))
+    shown = _numbered(drawn, first_figure)  # numbers follow the order on the page
+    dynamics = dynamics_section(run / "dynamics" / system, first_figure=first_figure + len(drawn))
+    after = first_figure + len(drawn) + (len(dynamics["figures"]) if dynamics else 0)
     return {
         "name": system,
         "anchor": f"system-{system}",
@@ -215,9 +219,9 @@ def system_section(run: Path, system: str, *, first_figure: int) -> dict[str, An
         "reference": verdict.reference_sentences(content) if content else [],
         "speedups": [_speed_line(run, system, content, entry) for entry in content["speedups"]] if content else [],
         "agreement": agreement_table(content) if content else [],
-        "figures": with_headings(numbered[: len(drawn)]),
-        "resonance": numbered[len(drawn) : len(drawn) + len(scan)],
-        "training": numbered[len(drawn) + len(scan) :],
+        "figures": with_headings(shown),
+        "resonance": _numbered(scan, after),
+        "training": _numbered(curves, after + len(scan)),
         **optional_parts(content),
         "panel": panel_table(content) if content else {"head": [], "rows": []},
         "temperatures": temperature_table(content) if content else {"head": [], "rows": [], "notes": []},

@@ -74,7 +74,7 @@ class Viewer {
   }
 
   project(width, height) {
-    const scale = Math.min(width, height) / (2 * this.radius);
+    const scale = (1.15 * Math.min(width, height)) / (2 * this.radius);
     return this.state.positions_A.map((x) => {
       const [u, v, w] = this.rotation.map((row) => row[0] * x[0] + row[1] * x[1] + row[2] * x[2]);
       const near = 1 + 0.25 * (w / this.radius); // a little perspective
