@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from longstride.analysis import compare_figures, paper_rows, structures, tables
+from longstride.analysis import compare_figures, markov_analysis, paper_rows, structures, tables
 from longstride.analysis.accuracy_curves import COLUMNS as ACCURACY_COLUMNS
 from longstride.analysis.accuracy_curves import accuracy_rows, attach_accuracy
 from longstride.analysis.comparison import Comparison, analyse, table_of
@@ -131,7 +131,8 @@ def _write_trust(content: dict[str, Any], *, out: Path) -> list[str]:
     checks = content["reference"]["certification"]["checks"]
     tables.write_csv(out / "certification.csv", ("name", "value", "limit", "passed", "statement"), checks)
     tables.write_csv(out / "paper_rows.csv", paper_rows.COLUMNS, paper_rows.paper_rows(content))
-    return ["verdicts.csv", "certification.csv", "paper_rows.csv"]
+    markov = markov_analysis.write_tables(content["reference"]["msm"], out)
+    return ["verdicts.csv", "certification.csv", "paper_rows.csv", *markov]
 
 
 def write_leaderboard(runs: Sequence[Path], out_csv: Path) -> None:
