@@ -8,10 +8,19 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from longstride.analysis import compare_figures, markov_analysis, paper_rows, structures, tables
+from longstride.analysis import (
+    compare_figures,
+    distribution_comparison,
+    markov_analysis,
+    paper_rows,
+    projection,
+    structures,
+    tables,
+)
 from longstride.analysis.accuracy_curves import COLUMNS as ACCURACY_COLUMNS
 from longstride.analysis.accuracy_curves import accuracy_rows, attach_accuracy
 from longstride.analysis.comparison import Comparison, analyse, table_of
+from longstride.analysis.features import circular_feature_names
 from longstride.analysis.free_energy import bin_edges
 from longstride.analysis.method_analysis import sample_histograms
 from longstride.analysis.samples import load_cell, load_molecule, load_reference
@@ -67,6 +76,7 @@ def run(
     if free_energy is not None:
         attach_umbrella(found.content, load_umbrella(free_energy, molecule))
     attach_accuracy(found, cells, molecule.torsions, section)
+    distribution_comparison.attach_distributions(found, cells, molecule, section, seed=job_seed(seed, "distributions"))
     progress.update(2 + len(cells), "analysed")
     out.mkdir(parents=True, exist_ok=True)
     figures = compare_figures.draw(found, molecule, section, out=out, seed=seed)
@@ -75,6 +85,10 @@ def run(
     content = {**found.content, "structures": shown, "figures": figures, "tables": names, "provenance": provenance()}
     write_json(out / "comparison.json", content)
     files = ["comparison.json", *names, *(figure[key] for figure in figures for key in ("file", "pdf"))]
+    if found.reference.tica is not None:
+        spacing = float(trajectories.manifest["frame_spacing_ps"])
+        model = (found.reference.tica, circular_feature_names(molecule.torsions), spacing)
+        files += projection.save_tica(out, {"torsions": model})
     if shown is not None:
         structures.write_states_pdb(out / "states.pdb", molecule, shown)
         files.append("states.pdb")
@@ -115,6 +129,7 @@ def write_tables(found: Comparison, molecule: Molecule, section: CompareConfig, 
     tables.write_csv(out / "implied_timescales.csv", scale_columns, scales)
     names = ["effective_sizes.csv", "methods.csv", "implied_timescales.csv", *_write_trust(content, out=out), "accuracy.csv"]
     tables.write_csv(out / "accuracy.csv", ACCURACY_COLUMNS, accuracy_rows(content))
+    names += distribution_comparison.write_tables(content, out)
     if content["primary_pair"] is None:
         return names
     _write_free_energies(found, molecule, section, out=out, seed=seed)
