@@ -16,11 +16,14 @@ from longstride.analysis.estimate import Estimate
 from longstride.analysis.features import circular_features
 from longstride.analysis.geometry import GeometryLimits, GeometryTerms, find_terms, limits_of
 from longstride.analysis.reference_model import lag_frames
+from longstride.analysis.tables import write_csv
 from longstride.analysis.validity import validity, validity_json, worse_than
 from longstride.seeds import job_seed
 from longstride.units import BOLTZMANN_KJ_PER_MOL_K
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from longstride.analysis.comparison import Comparison
     from longstride.analysis.reference_model import ReferenceModel
     from longstride.analysis.samples import Cell, Molecule, SampleSet
@@ -432,6 +435,15 @@ def _coverage(samples: SampleSet, reference: ReferenceModel, cloud: Cloud, point
         ranges = np.abs(points.tica).max(axis=0)
         result["timewarp_explored"] = missing_states(points.tica[::stride], cloud.tica, ranges)
     return result
+
+
+def write_tables(content: dict[str, Any], out: Path) -> list[str]:
+    """Write distances.csv, validity.csv, coverage.csv and controls.csv of comparison.json and return their names."""
+    write_csv(out / "distances.csv", DISTANCE_COLUMNS, distance_rows(content))
+    write_csv(out / "validity.csv", VALIDITY_COLUMNS, validity_rows(content))
+    write_csv(out / "coverage.csv", COVERAGE_COLUMNS, coverage_rows(content))
+    write_csv(out / "controls.csv", CONTROL_COLUMNS, content["reference"].get("controls", []))
+    return ["distances.csv", "validity.csv", "coverage.csv", "controls.csv"]
 
 
 def distance_rows(content: dict[str, Any]) -> list[dict[str, Any]]:
