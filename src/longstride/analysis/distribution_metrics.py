@@ -146,10 +146,9 @@ def _point_metric(
     """Return a metric of histograms over the frames whose coordinates are known."""
 
     def evaluate(x: Cloud, y: Cloud, *, seed: int, interval: bool) -> Estimate:
-        reason = _too_few(x, y, points=True)
-        found = reason or columns(x, y)
-        if isinstance(found, str):
-            return undefined(found)
+        found = columns(x, y)  # what a molecule does not have is said before what a set lacks
+        if isinstance(found, str) or _too_few(x, y, points=True):
+            return undefined(found if isinstance(found, str) else _too_few(x, y, points=True))
         sides = [(one.unit[one.whole], one.weights[one.whole]) for one in (x, y)]
         return _histograms(found, form, sides[0], sides[1], seed=seed, interval=interval)
 
@@ -259,7 +258,7 @@ def _union_bins(x: np.ndarray, y: np.ndarray, bins: int) -> tuple[np.ndarray, np
 
 def _tics(dimensions: int) -> Callable[[Cloud, Cloud], list[Column] | str]:
     def columns(x: Cloud, y: Cloud) -> list[Column] | str:
-        if x.tics.shape[1] < dimensions:
+        if min(x.tics.shape[1], y.tics.shape[1]) < dimensions:
             return "no TICA of torsions with that many components"
         bins = divergences.MDGEN_BINS if dimensions == 1 else divergences.MDGEN_BINS_2D
         parts = [_union_bins(x.tics[:, k], y.tics[:, k], bins) for k in range(dimensions)]
@@ -291,6 +290,8 @@ def _means(field: str, count: int) -> Callable[[Cloud, Cloud], list[Column] | st
 
 def _unisim_column(x: np.ndarray, y: np.ndarray) -> Column | str:
     """Return the histograms of UniSim: 49 bins between the extremes of the reference, what lies outside is dropped."""
+    if not x.size or not y.size:
+        return "no frames with coordinates"
     low, high, bins = float(x.min()), float(x.max()), divergences.UNISIM_EDGES - 1
     if not high > low:
         return "constant in the reference"
@@ -314,7 +315,7 @@ def _unisim(
 
 
 def _unisim_tic2d(x: Cloud, y: Cloud) -> list[Column] | str:
-    if x.tica.shape[1] < 2:
+    if min(x.tica.shape[1], y.tica.shape[1]) < 2:
         return "no TICA in the features of the literature"
     parts = [_unisim_column(x.tica[:, k], y.tica[:, k]) for k in (0, 1)]
     if isinstance(parts[0], str) or isinstance(parts[1], str):
